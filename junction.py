@@ -46,7 +46,7 @@ import ssl
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -60,6 +60,7 @@ for _name in [name for name in os.environ if name.upper().startswith("FASTMCP_")
 os.environ["FASTMCP_ENV_FILE"] = os.devnull
 
 import fastmcp
+import sniffio
 import typer
 import uvicorn
 import wonderwords
@@ -68,7 +69,8 @@ from fastmcp import FastMCP
 from fastmcp.exceptions import ToolError, ValidationError
 from fastmcp.server.auth import AccessToken, TokenVerifier
 from fastmcp.server.dependencies import get_context
-from fastmcp.server.middleware import Middleware
+from fastmcp.tools import Tool, ToolResult
+from fastmcp.utilities.versions import VersionSpec
 from mcp.server.transport_security import RequestBodyLimitMiddleware
 from pydantic import ValidationError as PydanticError
 from sse_starlette.sse import AppStatus
@@ -102,7 +104,7 @@ PROGRESS_SECONDS = 15  # between progress reports of a waiting call; Claude Code
 KEEP_ALIVE_SECONDS = 15  # an idle HTTP connection is kept; longer than clients keep theirs, so that these close first
 OPEN_FILES = 65_536  # at most so many connections, where the system allows as many
 YEAR_MS = 365 * 86_400_000  # the longest timeout
-CANCEL_TURNS = 3  # of the event loop, between a client's reset and the cancelling of its call
+CANCEL_TURNS = 8  # of the event loop, in which a client's reset cancels its call; 4 were needed, in the older era
 AGAIN_SECONDS = 60  # a batch that was read can be had again for so long
 BODY_BYTES = 256 * 1024  # of an HTTP request's body; 32 KiB of message is 192 KiB where JSON escapes every byte of it
 REQUEST_BYTES = 4 * 1024**2  # of a whole HTTP request, headers included, before its connection is cut
@@ -178,7 +180,7 @@ class Peer:
     shares: dict[str, Share] = field(default_factory=dict)  # of the inbox, by sender
     batch: list[Sealed] = field(default_factory=list)  # what was read last, for again=true
     batch_at: float = -math.inf
-    bells: list[asyncio.Future[None]] = field(default_factory=list)  # one for each call of its that waits
+    bells: list[asyncio.Future[bool]] = field(default_factory=list)  # one for each call of its that waits
     waits: int = 0  # how many do
     reading: int = 0  # and how many of them in read_messages
     gone: bool = False
@@ -325,8 +327,12 @@ def encode(message: str) -> bytes:
 def ring(peer: Peer) -> None:
     """Wake every waiting call of a peer; each looks for itself whether there is something for it."""
     for bell in peer.bells:
-        if not bell.done():
-            bell.set_result(None)
+        settle(bell, True)
+
+
+def settle(bell: asyncio.Future[bool], rung: bool) -> None:
+    if not bell.done():
+        bell.set_result(rung)
 
 
 @dataclass(eq=False)
@@ -610,17 +616,20 @@ class Junction:
 
     async def _rung(self, peer: Peer, seconds: float) -> bool:
         """Whether `ring` was called within so many seconds."""
-        bell: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        bell: asyncio.Future[bool] = loop.create_future()
+        timer = loop.call_later(seconds, settle, bell, False)
         peer.bells.append(bell)
         try:
-            await asyncio.wait([bell], timeout=seconds)
+            rung = await bell
         finally:
+            timer.cancel()
             peer.bells.remove(bell)
         # A reset that arrives together with the message cancels this call some turns of the event loop later. It must
         # not have taken anything by then.
-        for _ in range(CANCEL_TURNS):
+        for _ in range(CANCEL_TURNS if rung else 0):
             await asyncio.sleep(0)
-        return bell.done()
+        return rung
 
 
 junction = Junction()
@@ -654,23 +663,34 @@ it carry them: `JUNCTION_SESSION=<your session_id> agent-junction send crimson-f
 """
 
 
-class PlainErrors(Middleware):
-    """Says what is wrong with a call's arguments without quoting them, as pydantic's text would: they may be secret."""
+class ToolServer(FastMCP[Any]):
+    """FastMCP, less what a server of six fixed tools and no middleware can do without, and with plainer errors."""
 
-    async def on_call_tool(self, context: Any, call_next: Any) -> Any:
+    known: Mapping[str, Tool] = {}
+
+    async def get_tool(self, name: str, version: VersionSpec | None = None) -> Tool | None:
+        """A tool, from memory: to ask all providers anew takes a sixth of a call."""
+        return self.known.get(name) or await super().get_tool(name, version)
+
+    async def call_tool(self, name: str, arguments: dict[str, Any] | None = None, **options: Any) -> ToolResult:
+        """Call a tool. Arguments that do not fit are not quoted, as pydantic's text would: they may be secret."""
+        options["run_middleware"] = False  # there is none, and building its chain takes a twentieth of a call
         try:
-            return await call_next(context)
+            return await super().call_tool(name, arguments, **options)
         except ValidationError as error:
             if not isinstance(error.__cause__, PydanticError):
                 raise
             wrong = error.__cause__.errors(include_input=False, include_url=False, include_context=False)
             what = "; ".join(f"{'.'.join(map(str, e['loc']))[:80]}: {e['msg']}" for e in wrong[:5])
-            raise refuse(f"Wrong arguments: {what}. Call {context.message.name} again with these put right.") from None
+            raise refuse(f"Wrong arguments: {what}. Call {name} again with these put right.") from None
 
 
 @asynccontextmanager
-async def lifespan(_server: FastMCP[Any]) -> AsyncIterator[None]:
+async def lifespan(server: FastMCP[Any]) -> AsyncIterator[None]:
     """Sweep the junction as long as the server runs, and erase everything at its end."""
+    mcp.known = {tool.name: tool for tool in await server.list_tools()}
+    # The SDK wants the schema of each tool that a 2026-07-28 client calls; without this it lists all tools each time.
+    server._mcp_server.get_tool_input_schema = {name: tool.parameters for name, tool in mcp.known.items()}.get
 
     async def sweeping() -> None:
         while True:
@@ -685,13 +705,13 @@ async def lifespan(_server: FastMCP[Any]) -> AsyncIterator[None]:
         junction.close()
 
 
-mcp = FastMCP(
+mcp = ToolServer(
     "junction",
     instructions=INSTRUCTIONS,
     version=__version__,
     lifespan=lifespan,
-    middleware=[PlainErrors()],
     mask_error_details=True,
+    dereference_schemas=False,  # there is nothing to dereference in them
 )
 
 
@@ -793,20 +813,30 @@ class HttpServer(uvicorn.Server):
 
     def cut_off(self) -> None:
         """Close each connection whose request was incomplete when this was last called, and is the same one still."""
-        connections: set[Any] = {*self.server_state.connections}
-        arriving = {
-            connection: connection.cycle
-            for connection in connections
-            if connection.timeout_keep_alive_task is None
-            and (connection.cycle is None or connection.cycle.response_complete or connection.cycle.more_body)
-        }
+        arriving = self.incomplete()
         for connection, cycle in arriving.items():
             if self._arriving.get(connection, connection) is cycle:
                 connection.transport.close()
         self._arriving = arriving
 
+    def incomplete(self) -> dict[Any, Any]:
+        """The connections that have not sent a whole request, or part of a next one, with what they sent last."""
+        connections: set[Any] = {*self.server_state.connections}
+        return {
+            connection: connection.cycle
+            for connection in connections
+            if connection.timeout_keep_alive_task is None
+            and (connection.cycle is None or connection.cycle.response_complete or connection.cycle.more_body)
+        }
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer the waiting calls, cut off what is still arriving, give the rest time to finish, and stop."""
+        waiting = sum(peer.waits for peer in junction.peers.values())
         junction.close()
+        for connection in self.incomplete():
+            connection.transport.close()
+        self.config.timeout_graceful_shutdown = 2 + waiting // 1_000
+        logging.disable(logging.CRITICAL)  # uvicorn reports by a traceback what outlasts that
         await super().shutdown(sockets)
 
 
@@ -1000,7 +1030,7 @@ def run(listener: socket.socket, token: str, names: list[str], tls: ssl.SSLConte
     logging.disable(logging.WARNING)  # below it, FastMCP and others print arguments, answers and session ids
     # It would cut the streams of older clients before they are answered.
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
-    fastmcp.settings.telemetry_mode = "off"
+    fastmcp.settings.telemetry_mode = "propagation_only"  # its cheapest: "off" still collects what a span would say
     mcp.auth = BearerToken(token) if token else None
     http_app = mcp.http_app(
         stateless_http=True,
@@ -1018,15 +1048,19 @@ def run(listener: socket.socket, token: str, names: list[str], tls: ssl.SSLConte
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=2,
         ssl_context_factory=(lambda *_: tls) if tls else None,
     )
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
         if hasattr(signal, name):  # uvicorn raises the signal again after it has stopped
             signal.signal(getattr(signal, name), lambda *_: sys.exit(0))
     gc.collect()
-    gc.freeze()
-    HttpServer(config).run([listener])
+    gc.freeze()  # what is here now stays: the collector need not walk through it again and again
+    gc.set_threshold(5_000, 20, 50)
+    sniffio.thread_local.name = "asyncio"  # what anyio asks for some hundred times a call; looking costs a twentieth
+    try:
+        HttpServer(config).run([listener])
+    finally:
+        gc.freeze()  # or the interpreter would look for garbage once more before it ends: 3 s after 10,000 peers
 
 
 # --- The command line -------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import io
 import json
+import logging
 import os
 import re
 import secrets
@@ -819,15 +821,16 @@ async def test_a_waiting_call_is_answered_when_the_junction_closes(here: Junctio
 async def test_a_waiting_call_reports_progress_each_15_seconds(
     here: Junction, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def time_is_over(_bells: Any, timeout: float) -> None:
-        clock.seconds += timeout
+    async def time_is_over(_peer: Peer, seconds: float) -> bool:
+        clock.seconds += seconds
+        return False
 
     reports: list[float] = []
 
     async def progress(seconds: float) -> None:
         reports.append(seconds)
 
-    monkeypatch.setattr(asyncio, "wait", time_is_over)
+    monkeypatch.setattr(here, "_rung", time_is_over)
     await here.read(join(here), 40, progress)
     assert reports == [15, 30, 40]
 
@@ -1528,6 +1531,8 @@ def test_a_client_that_never_ends_its_request_does_not_hold_up_the_stop() -> Non
         )
         assert server.stop(within=5) == 0
         talk.close()
+        assert server.process.stderr
+        assert server.process.stderr.read() == ""
 
 
 @POSIX
@@ -1784,3 +1789,93 @@ async def test_the_readmes_transcript_is_what_happens() -> None:
                     assert f"error: {caught.value}" == expected
                 else:
                     same(json.loads(expected), await call(speaker, tool, **given_))
+
+
+# --- The command line's clients ---------------------------------------------------------------------------------------
+
+
+def client_variables(server: Server, **more: str) -> dict[str, str]:
+    return {"JUNCTION_URL": server.url, **more}
+
+
+def spawn(server: Server, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+    env = environment(**client_variables(server, **variables))
+    return subprocess.Popen([*JUNCTION, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def waits_as(reader: subprocess.Popen[bytes]) -> str:
+    assert reader.stderr
+    line = reader.stderr.readline().decode()
+    match = re.fullmatch(r"waiting as ([a-z]+-[a-z]+), up to (\d+) s\n", line)
+    assert match, line
+    return match[1]
+
+
+def peers_here(server: Server) -> int:
+    count_: int = json.loads(get(server, "/health")[2])["activePeers"]
+    return count_
+
+
+@pytest.fixture
+def alone() -> Iterator[Server]:
+    """A server that must have no peer left at the end."""
+    with running(stdout=subprocess.DEVNULL) as started:
+        yield started
+        assert peers_here(started) == 0
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        b"API_KEY=swordfish\n",
+        b"no final newline",
+        b"\n\n\r\n\0\x1b[31m\xf0\x9f\x97\xa1",
+        "日".encode() * 10_922 + b"xx",
+    ],
+    ids=["newline", "none", "odd", "longest"],
+)
+def test_a_secret_goes_from_shell_to_shell_byte_for_byte(alone: Server, secret: bytes) -> None:
+    reader = spawn(alone, "read", "--wait", "60", "--raw")
+    alias = waits_as(reader)
+    sent = run("send", alias, stdin=secret, **client_variables(alone))
+    assert sent.returncode == 0
+    assert sent.stdout.decode() == f"delivered to {alias}; 1 had waited for it\n"
+    out, err = reader.communicate(timeout=30)
+    assert (reader.returncode, out, err) == (0, secret, b"")
+
+
+def test_random_texts_go_through_the_command_line_unchanged(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """The commands' own functions, in this process: a process for each text would take minutes."""
+    me = raw(server, MODERN, "register")
+    monkeypatch.setenv("JUNCTION_URL", server.url)
+    monkeypatch.setenv("JUNCTION_SESSION", me["session_id"])
+
+    class Stdin:
+        buffer: Any = None
+
+    def command(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["agent-junction", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            app.main()
+        assert ended.value.code == 0
+
+    @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=3_000))
+    @settings(max_examples=15, deadline=None)
+    def there_and_back(text: str) -> None:
+        Stdin.buffer = io.BytesIO(text.encode())
+        monkeypatch.setattr(sys, "stdin", Stdin)
+        monkeypatch.delenv("JUNCTION_SESSION")
+        command("send", me["alias"])
+        monkeypatch.setenv("JUNCTION_SESSION", me["session_id"])
+        capfdbinary.readouterr()
+        command("read", "--raw")
+        assert capfdbinary.readouterr().out == text.encode()
+
+    disabled = logging.root.manager.disable
+    try:
+        there_and_back()
+    finally:
+        logging.disable(disabled)
+    raw(server, MODERN, "disconnect", session_id=me["session_id"])
