@@ -642,8 +642,8 @@ INSTRUCTIONS = """\
 Agent Junction is a mailbox that the user's coding agents share. Use it when another agent (in another terminal, \
 editor, repository or machine) has something you need, needs something you have, or works on the same thing.
 
-1. register once. Keep the session_id for all other calls, also when your context is summed up: it is your only key to \
-your inbox. Never send it to anyone. Restarted and still have it? register(session_id=...) resumes.
+1. register once. Keep the session_id, also when your context is summed up: it is your only key to your inbox, and all \
+tools but known_hosts need it. Never send it to anyone. Restarted and still have it? register(session_id=...) resumes.
 2. list_peers shows who is here, by alias, repo, task and role. known_hosts names other junctions.
 3. send_message to an alias, or to * for everybody.
 4. read_messages hands each message out once. unread in other answers tells that mail waits.
@@ -724,7 +724,8 @@ async def report(seconds: float) -> None:
 async def register(repo: str = "", task: str = "", role: str = "", session_id: str = "") -> Registered:
     """Join the junction: call this first. Say what others may look for: your repo, task, role (200 characters each).
 
-    Returns your alias, for others to write to, and your session_id, for all other tools: keep it, tell it nobody.
+    Returns your alias, for others to write to, and your session_id, which all tools but known_hosts need: keep it, tell
+    it nobody.
     With the session_id of an earlier register you resume: same alias, same inbox.
     """
     return junction.register(repo, task, role, session_id)
@@ -1097,8 +1098,10 @@ def serve(
     if context.invoked_subcommand:
         for name in context.params:
             if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE":
-                name = name.replace("_", "-")
-                raise Stop(f"--{name} before {context.invoked_subcommand} is an option of the server; put it behind", 2)
+                name, command = name.replace("_", "-"), context.invoked_subcommand
+                raise Stop(
+                    f"--{name} is the server's; {command} takes --url, --token, --session, behind its name", 2
+                )
         return
     number = setting(context, "port", whole_number(65_535))
     junction.idle_seconds = setting(context, "session_timeout_ms", whole_number(YEAR_MS)) / 1000
@@ -1117,7 +1120,8 @@ def serve(
 
 def greeting(listener: socket.socket, token: bool, made: str, tls: bool) -> str:
     """What to paste, first; then where the junction is, and what to know about it. `made`: a token not known yet."""
-    base = f"http{'s' * tls}://{reachable_address(listener)}:{listener.getsockname()[1]}"
+    port = listener.getsockname()[1]
+    base = f"http{'s' * tls}://{reachable_address(listener)}:{port}"
     server: dict[str, Any] = {"type": "http", "url": f"{base}/mcp"}
     header = ""
     if token or made:
@@ -1137,9 +1141,11 @@ def greeting(listener: socket.socket, token: bool, made: str, tls: bool) -> str:
     ]
     if made:
         lines += [f"token        {made} (for this run only; JUNCTION_TOKEN sets one that stays)"]
+    elif token:
+        lines += ["token        as given: set JUNCTION_TOKEN to it where you paste the line above"]
     if junction.mode == "lan" and not tls:
         lines += ["", "Without TLS, messages and the token cross the network in the clear. Give --tls-cert, --tls-key"]
-        lines += ["or stay in localhost mode and come by SSH from elsewhere: ssh -L 4200:127.0.0.1:4200 THIS-MACHINE"]
+        lines += [f"or stay in localhost mode and come by SSH: ssh -L {port}:127.0.0.1:{port} THIS-MACHINE"]
     return "\n".join(lines)
 
 
@@ -1164,9 +1170,9 @@ def peers(
     async def work(call: Call, _alias: str) -> int:
         answer = await call("list_peers", role=role)
         if as_json:
-            print(json.dumps(answer))
+            print(json.dumps(answer), flush=True)
         else:
-            show_peers(answer)
+            show_peers(answer, f" as {role!r}" if role else "")
         return 0
 
     raise typer.Exit(as_client(work, url, token, session))
@@ -1181,6 +1187,8 @@ def send(
     session: Session = "",
 ) -> None:
     """Send a message: agent-junction send crimson-falcon < .env"""
+    if message is None and sys.stdin.isatty():
+        print("Type the message, then Ctrl-D (on Windows Ctrl-Z, Return) on a line of its own.", file=sys.stderr)
     data = sys.stdin.buffer.read(MESSAGE_BYTES + 1) if message is None else os.fsencode(message)
     if len(data) > MESSAGE_BYTES:
         raise Stop(f"the message is longer than {MESSAGE_BYTES} bytes, the most; nothing was sent", 2)
@@ -1193,7 +1201,8 @@ def send(
         answer = await call("send_message", target_alias=alias, message=text)
         others = answer["to_count"] - 1
         more = f" and {others} more" if others else ""
-        print(f"delivered to {answer['to'][0]}{more}; {answer['waiting']} had waited for it")
+        now = f" ({answer['waiting']} waiting for it)" if answer["waiting"] else ""
+        print(f"delivered to {answer['to'][0]}{more}{now}", flush=True)
         return 0
 
     raise typer.Exit(as_client(work, url, token, session))
@@ -1226,6 +1235,8 @@ def read(
                 messages += answer["messages"]
         finally:  # what was taken is shown, whatever happens to the rest
             show(messages, raw, as_json)
+        if not messages:
+            print("nothing came", file=sys.stderr)
         return 3 if wait and not messages else 0
 
     raise typer.Exit(as_client(work, url, token, session))
@@ -1237,26 +1248,30 @@ def show(messages: list[Message], raw: bool, as_json: bool) -> None:
         sys.stdout.buffer.write("".join(message["message"] for message in messages).encode())
         sys.stdout.buffer.flush()
     elif as_json:
-        print(json.dumps({"messages": messages, "remaining": 0}))
+        print(json.dumps({"messages": messages, "remaining": 0}), flush=True)
     else:
         for message in messages:
             text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in message["message"])
             when = datetime.fromisoformat(message["timestamp"]).astimezone()
-            print(f"{message['from']}, {when:%Y-%m-%d %H:%M:%S}:\n{text}\n")
+            print(f"{message['from']}, {when:%Y-%m-%d %H:%M:%S}:\n{text}\n", flush=True)
 
 
-def show_peers(answer: Peers) -> None:
-    """Print a table that fits the terminal, or 80 columns."""
+def show_peers(answer: Peers, role: str) -> None:
+    """Print a table that fits the terminal, or 80 columns. An alias is never cut: it is what one needs of it."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("alias", "role", "repo", "task", "idle", "waiting")
+    table = Table()
+    for name in ("alias", "role", "repo", "task", "idle", "waiting"):
+        table.add_column(name, no_wrap=name not in ("role", "repo", "task"))
     for peer in answer["peers"]:
+        labels = [Text(text) for text in (peer["role"], peer["repo"], peer["task"])]  # Text: brackets are no markup
+        for text in labels:
+            text.truncate(40, overflow="ellipsis")
         idle = str(timedelta(seconds=peer["idle_seconds"]))
-        cells = [peer["alias"], peer["role"], peer["repo"], peer["task"], idle, "yes" if peer["waiting"] else ""]
-        table.add_row(*map(Text, cells))  # Text: brackets in a label are no markup
-    Console().print(table if answer["peers"] else "nobody else is here")
+        table.add_row(peer["alias"], *labels, idle, "yes" if peer["waiting"] else "")
+    Console().print(table if answer["peers"] else f"nobody else is here{role}", markup=False)
     if answer["remaining"]:
         print(f"and {answer['remaining']} more; --role narrows it down")
 
@@ -1279,21 +1294,30 @@ def as_client(work: Callable[[Call, str], Awaitable[int]], url: str, token: str,
 
     if not re.match("https?://", url):
         raise Stop(f"--url {url!r} is not an http:// or https:// address", 2)
+    if (authority := os.environ.get("SSL_CERT_FILE")) and not os.path.exists(authority):
+        raise Stop(f"SSL_CERT_FILE {authority!r}: there is no such file", 2)
     url = url.rstrip("/") + "/mcp" * (url.rstrip("/").count("/") == 2)
     transport = StreamableHttpTransport(url, auth=token or None, httpx_client_factory=http_client)  # type: ignore[arg-type]
     try:
-        return asyncio.run(speak(work, transport, session))
+        return asyncio.run(speak(work, transport, session.strip()))
     except ToolError as error:
-        raise Stop(str(error)) from None
+        raise Stop(str(error).split(" Call ")[0]) from None  # what follows names a tool, which a shell does not have
     except asyncio.CancelledError:
         raise Stop("interrupted", 130) from None
+    except OSError as error:
+        raise Stop(f"the answer could not be written: {error.strerror}") from None
     except Exception as error:
-        reason = f"no junction answers there: {str(error).splitlines()[0]}"
-        if 401 in statuses:
-            reason = "the token is wrong, or missing: give --token or JUNCTION_TOKEN"
-        elif "CERTIFICATE_VERIFY_FAILED" in str(error):
-            reason = "its certificate is not trusted: SSL_CERT_FILE can name the authority that signed it"
-        raise Stop(f"{url}: {reason}", 4) from None
+        raise Stop(f"{url}: {unreachable(str(error), 401 in statuses)}", 4) from None
+
+
+def unreachable(error: str, unauthorised: bool) -> str:
+    """Why a junction cannot be spoken to, for people."""
+    if unauthorised:
+        return "the token is wrong, or missing: give --token or JUNCTION_TOKEN"
+    if found := re.search(r"certificate verify failed: (.*?) \(_ssl", error):
+        return f"its certificate is not trusted: {found[1]}. SSL_CERT_FILE can name the authority that signed it"
+    hint = "; is it http, or https?" if "SSL" in error or "disconnected" in error else ""
+    return f"no junction answers there: {(error.splitlines() or ['no reason given'])[0]}{hint}"
 
 
 async def speak(work: Callable[[Call, str], Awaitable[int]], transport: Any, session: str) -> int:
@@ -1304,19 +1328,26 @@ async def speak(work: Callable[[Call, str], Awaitable[int]], transport: Any, ses
         for number in (signal.SIGINT, signal.SIGTERM):
             with suppress(NotImplementedError):  # on Windows, where Ctrl-C raises KeyboardInterrupt instead
                 asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    async with Client(transport) as client:
+    handle = ""
+    try:
+        async with Client(transport) as client:
+            joining = asyncio.create_task(use(client, "register", session_id=session, role="" if session else "shell"))
+            try:
+                me = await asyncio.shield(joining)
+            finally:  # however this call was interrupted: a peer that has joined must be known, to leave
+                handle = (await joining)["session_id"]
+            return await work(functools.partial(use, client, session_id=handle), me["alias"])
+    finally:
+        if handle and not session:
+            with suppress(Exception):  # a junction that has gone has forgotten this peer, too
+                async with Client(transport) as client:
+                    await use(client, "disconnect", session_id=handle)
 
-        async def call(tool: str, **arguments: Any) -> Any:
-            timeout = 30 + arguments.get("wait_seconds", 0)
-            return (await client.call_tool(tool, arguments, timeout=timeout)).structured_content
 
-        joining = asyncio.create_task(call("register", session_id=session, role="" if session else "shell"))
-        try:
-            me = await asyncio.shield(joining)  # shielded, so that a peer that has joined is known and can leave
-            return await work(functools.partial(call, session_id=me["session_id"]), me["alias"])
-        finally:
-            if not session:
-                await call("disconnect", session_id=(await joining)["session_id"])
+async def use(client: Any, tool: str, **arguments: Any) -> Any:
+    """Call a tool; returns its structured result."""
+    timeout = 30 + arguments.get("wait_seconds", 0)
+    return (await client.call_tool(tool, arguments, timeout=timeout)).structured_content
 
 
 def main() -> None:
