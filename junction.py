@@ -75,7 +75,7 @@ from mcp.server.transport_security import RequestBodyLimitMiddleware
 from pydantic import ValidationError as PydanticError
 from sse_starlette.sse import AppStatus
 from starlette.middleware import Middleware as HttpMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from typing_extensions import TypedDict
 
@@ -99,7 +99,7 @@ LABEL_CHARACTERS = 200  # of repo, task, role
 ANSWER_UNITS = 48_000  # UTF-16 code units of an answer as JSON: Claude Code writes more than 50,000 to a file
 ENVELOPE_UNITS = 200  # of them, for everything in an answer but its list of messages or peers
 NAMED_TARGETS = 100  # aliases that the answer to a broadcast names
-WAIT_SECONDS = 3_600  # the longest wait
+WAIT_SECONDS, PEER_WAITS = 3_600, 100  # the longest wait, and how many calls of one peer may wait at once
 PROGRESS_SECONDS = 15  # between progress reports of a waiting call; Claude Code gives up after 300 silent ones
 KEEP_ALIVE_SECONDS = 15  # an idle HTTP connection is kept; longer than clients keep theirs, so that these close first
 OPEN_FILES = 65_536  # at most so many connections, where the system allows as many
@@ -107,9 +107,9 @@ YEAR_MS = 365 * 86_400_000  # the longest timeout
 CANCEL_TURNS = 8  # of the event loop, in which a client's reset cancels its call; 4 were needed, in the older era
 AGAIN_SECONDS = 60  # a batch that was read can be had again for so long
 BODY_BYTES = 256 * 1024  # of an HTTP request's body; 32 KiB of message is 192 KiB where JSON escapes every byte of it
-REQUEST_BYTES = 4 * 1024**2  # of a whole HTTP request, headers included, before its connection is cut
+HEAD_BYTES, REQUEST_BYTES = 64 * 1024, 4 * 1024**2  # of an HTTP request's head, and of all of it, before it is cut
 UNFINISHED_BYTES = 64 * 1024**2  # of all HTTP requests that are still arriving
-REQUEST_SECONDS = 10  # an HTTP request that has not arrived whole within one to two of these is cut off
+REQUEST_SECONDS = 10  # a connection that stands still for one to two of these, with work to do, is cut off
 KEY_BYTES, NONCE_BYTES = 32, 12  # AES-256; a 96-bit nonce, as NIST SP 800-38D has it for random ones
 NO_KEY = bytes(KEY_BYTES)
 DEFAULT_PORT = 4200
@@ -243,7 +243,6 @@ def parties(sender: str, recipient: str) -> bytes:
     return f"{sender}>{recipient}".encode()
 
 
-# Words of wonderwords that its profanity list misses, and that nobody wants to be called by, or to call a colleague.
 # What wonderwords' own profanity list misses: slurs, and words that nobody wants to be called by.
 UNFIT = frozenset(
     """
@@ -429,6 +428,8 @@ class Junction:
     def send(self, sender: Peer, target: str, message: str) -> Sent:
         """Seal a message into one inbox, or with `*` into everybody else's: into all of them, or ToolError and none."""
         text = encode(message)
+        if (notices := sender.shares.get(JUNCTION, Share()).messages) >= JUNCTION_PEERS:
+            raise refuse(f"You have {notices} notices unread, of messages that nobody read. Call read_messages.")
         targets = self._targets(sender, target)
         put = self._sealer(sender.alias, message, text)
         for peer in targets:
@@ -572,13 +573,11 @@ class Junction:
             self.leave(peer)
 
     async def sweep(self) -> None:
-        """Erase idle peers, and batches that `again` has had for long enough.
-
-        A hundred at a time: ten thousand at once would hold up every call for a while.
-        """
+        """Erase idle peers, and batches that `again` has had for long enough; a few at a time, to hold up no call."""
         for turn, peer in enumerate([*self.peers.values()]):
             if not (peer.gone or peer.waits) and self.clock() - peer.seen > self.idle_seconds:
                 self.leave(peer, "fell idle")
+                await asyncio.sleep(0)  # it may have caused a thousand notices
             elif peer.batch and self.clock() - peer.batch_at > AGAIN_SECONDS:
                 self._drop(peer.batch)
             if turn % 100 == 99:
@@ -594,6 +593,8 @@ class Junction:
         """
         if not 0 <= seconds <= WAIT_SECONDS:  # NaN fails it too
             raise refuse(f"wait_seconds is {seconds:g}; 0 to {WAIT_SECONDS} is allowed. Call again with one of these.")
+        if peer.waits >= PEER_WAITS and seconds:
+            raise refuse(f"{peer.waits} calls of yours wait already, the most. Call again when one has returned.")
         began = self.clock()
         seeking = [] if role is None else [(role, peer)]
         self.seekers += seeking
@@ -800,11 +801,11 @@ class BearerToken(TokenVerifier):
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's server, which also answers waiting calls before it stops, and cuts off requests that never end."""
+    """uvicorn's server, which also answers waiting calls before it stops, and cuts off connections that are stuck."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self._arriving: dict[Any, Any] = {}  # connections and their request, when last looked at
+        self._stuck: dict[Any, Any] = {}  # connections that were not moving when last looked at, and where they stood
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn calls this every 0.1 s."""
@@ -813,28 +814,26 @@ class HttpServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     def cut_off(self) -> None:
-        """Close each connection whose request was incomplete when this was last called, and is the same one still."""
-        arriving = self.incomplete()
-        for connection, cycle in arriving.items():
-            if self._arriving.get(connection, connection) is cycle:
-                connection.transport.close()
-        self._arriving = arriving
-
-    def incomplete(self) -> dict[Any, Any]:
-        """The connections that have not sent a whole request, or part of a next one, with what they sent last."""
+        """Close the connections that have work to do and have done none of it since the last look."""
         connections: set[Any] = {*self.server_state.connections}
-        return {
-            connection: connection.cycle
-            for connection in connections
-            if connection.timeout_keep_alive_task is None
-            and (connection.cycle is None or connection.cycle.response_complete or connection.cycle.more_body)
-        }
+        standing = {c: (c.cycle, c.transport.get_write_buffer_size()) for c in connections}
+        stuck = {c: at for c, at in standing.items() if at[1] or self.is_arriving(c)}
+        for connection in stuck.keys() & self._stuck.keys():
+            if stuck[connection] == self._stuck[connection]:
+                connection.transport.abort()
+        self._stuck = stuck
+
+    def is_arriving(self, connection: Any) -> bool:
+        """Whether a request, a first or a next one, has not come whole yet."""
+        cycle = connection.cycle
+        resting = connection.timeout_keep_alive_task is not None
+        return not resting and (cycle is None or cycle.response_complete or cycle.more_body)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer the waiting calls, cut off what is still arriving, give the rest time to finish, and stop."""
         waiting = sum(peer.waits for peer in junction.peers.values())
         junction.close()
-        for connection in self.incomplete():
+        for connection in filter(self.is_arriving, [*self.server_state.connections]):
             connection.transport.close()
         self.config.timeout_graceful_shutdown = 2 + waiting // 1_000
         logging.disable(logging.CRITICAL)  # uvicorn reports by a traceback what outlasts that
@@ -842,7 +841,7 @@ class HttpServer(uvicorn.Server):
 
 
 def http_protocol() -> Any:
-    """uvicorn's protocol on httptools, which by itself keeps a header of any length, or h11, which has a limit."""
+    """uvicorn's protocol on httptools with limits, which that has none of; without httptools h11, which has some."""
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
     except ImportError:
@@ -851,20 +850,36 @@ def http_protocol() -> Any:
     class Limited(HttpToolsProtocol):
         unfinished = 0  # bytes of requests that are still arriving, over all connections
         fed = 0  # of them, on this connection
+        in_head = True
 
         def data_received(self, data: bytes) -> None:
-            self.count(len(data))
-            crowded = Limited.unfinished > UNFINISHED_BYTES
-            if self.fed <= (UNFINISHED_BYTES // len(self.connections) if crowded else REQUEST_BYTES):
-                super().data_received(data)
-            elif not self.transport.is_closing():
+            most = HEAD_BYTES if self.in_head else REQUEST_BYTES
+            if Limited.unfinished > UNFINISHED_BYTES:
+                most = min(most, UNFINISHED_BYTES // len(self.connections))
+            if self.fed > most:
                 self.send_400_response("Request too large.")
+            elif self.is_answering():
+                self.transport.close()  # a request behind one that waits would hide that its client has gone
+            else:
+                self.count(len(data))
+                super().data_received(data)
+
+        def is_answering(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
 
         def count(self, size: int) -> None:
             self.fed += size
             Limited.unfinished += size
 
+        def on_headers_complete(self) -> None:
+            self.in_head = False
+            if self.is_answering():
+                self.transport.close()
+            else:
+                super().on_headers_complete()
+
         def on_message_complete(self) -> None:
+            self.in_head = True
             self.count(-self.fed)
             super().on_message_complete()
 
@@ -873,6 +888,11 @@ def http_protocol() -> Any:
             super().connection_lost(exc)
 
     return Limited
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """False for the traceback of a client that went away in the middle of its request: anybody could fill a log so."""
+    return not (record.exc_info and isinstance(record.exc_info[1], ClientDisconnect))
 
 
 class Stop(typer.TyperException):
@@ -995,7 +1015,7 @@ def harden() -> None:
 def say(line: str) -> None:
     """Print a line, or drop it where nobody reads what this process prints: a full pipe would stop the server."""
     with suppress(OSError, ValueError):
-        if os.name == "nt" or select.select([], [sys.stdout], [], 0)[1]:
+        if sys.stdout and (os.name == "nt" or select.select([], [sys.stdout], [], 0)[1]):
             print(f"{datetime.now():%H:%M:%S} {line}", flush=True)
 
 
@@ -1029,6 +1049,8 @@ def run(listener: socket.socket, token: str, names: list[str], tls: ssl.SSLConte
     harden()
     junction.say = say
     logging.disable(logging.WARNING)  # below it, FastMCP and others print arguments, answers and session ids
+    for name in ("uvicorn.error", "mcp.server.streamable_http"):
+        logging.getLogger(name).addFilter(is_news)
     # It would cut the streams of older clients before they are answered.
     AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
     fastmcp.settings.telemetry_mode = "propagation_only"  # its cheapest: "off" still collects what a span would say
@@ -1099,9 +1121,7 @@ def serve(
         for name in context.params:
             if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE":
                 name, command = name.replace("_", "-"), context.invoked_subcommand
-                raise Stop(
-                    f"--{name} is the server's; {command} takes --url, --token, --session, behind its name", 2
-                )
+                raise Stop(f"--{name} is the server's; {command} takes --url, --token, --session, behind its name", 2)
         return
     number = setting(context, "port", whole_number(65_535))
     junction.idle_seconds = setting(context, "session_timeout_ms", whole_number(YEAR_MS)) / 1000
@@ -1235,8 +1255,9 @@ def read(
                 messages += answer["messages"]
         finally:  # what was taken is shown, whatever happens to the rest
             show(messages, raw, as_json)
-        if not messages:
-            print("nothing came", file=sys.stderr)
+        if raw or not messages:  # the text alone does not say whose it is
+            senders = ", ".join(dict.fromkeys(message["from"] for message in messages))
+            print(f"from {senders}" if senders else "nothing came", file=sys.stderr)
         return 3 if wait and not messages else 0
 
     raise typer.Exit(as_client(work, url, token, session))

@@ -29,10 +29,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer.main
+import uvicorn
 import wonderwords
 from cryptography import x509
 from cryptography.exceptions import InvalidTag
@@ -634,6 +636,18 @@ async def test_a_notice_comes_through_to_a_full_inbox(here: Junction) -> None:
     assert (len(read), read[-1].split()[0]) == (1_001, bob.alias)
 
 
+def test_who_has_ten_thousand_notices_unread_reads_them_before_sending_more(here: Junction) -> None:
+    ann = join(here)
+    for _ in range(10_000):
+        bob = join(here)
+        here.send(ann, bob.alias, "x")
+        here.leave(bob)
+    bob = join(here)
+    with pytest.raises(ToolError, match="10000 notices unread"):
+        here.send(ann, bob.alias, "x")
+    assert not bob.inbox
+
+
 async def test_a_peer_that_is_idle_for_longer_than_the_limit_is_swept(here: Junction, clock: Clock) -> None:
     handle = here.register("", "", "", "")["session_id"]
     ann, bob = here.find(handle), join(here)
@@ -749,6 +763,19 @@ async def test_a_message_that_a_cancelled_read_left_goes_to_the_next_one(here: J
     here.send(ann, bob.alias, "hello")
     first.cancel()
     assert await second == ["hello"]
+
+
+async def test_a_hundred_calls_of_one_peer_may_wait_and_not_one_more(here: Junction) -> None:
+    ann = join(here)
+    calls = [asyncio.create_task(here.read(ann, 3_600)) for _ in range(100)]
+    await settle()
+    with pytest.raises(ToolError, match="100 calls of yours wait"):
+        await here.others(ann, "", 1)
+    assert await texts(here, ann) == []
+    for call_ in calls:
+        call_.cancel()
+    await settle()
+    assert ann.waits == 0
 
 
 async def test_two_peers_whose_messages_cross_wake_once_each(here: Junction) -> None:
@@ -2095,6 +2122,107 @@ def test_half_open_connections_and_unfinished_bodies_are_closed_and_others_serve
         receive_until(reading, b"hello")  # it waited all the while
 
 
+@both_eras
+def test_a_request_behind_a_waiting_one_does_not_hide_that_its_client_has_gone(server: Server, era: str) -> None:
+    ann, bob = (raw(server, MODERN, "register") for _ in range(2))
+    talk = begin_call(server, era, "read_messages", session_id=bob["session_id"], wait_seconds=60)
+    wait_until(lambda: waiting(server, ann, bob["alias"]))
+    talk.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    wait_until(lambda: not waiting(server, ann, bob["alias"]))
+    talk.close()
+    raw(server, MODERN, "send_message", session_id=ann["session_id"], target_alias=bob["alias"], message="hello")
+    assert len(raw(server, MODERN, "read_messages", session_id=bob["session_id"])["messages"]) == 1
+    for peer in (ann, bob):
+        raw(server, MODERN, "disconnect", session_id=peer["session_id"])
+
+
+@both_eras
+def test_two_requests_in_one_packet_end_the_connection(server: Server, era: str) -> None:
+    me = raw(server, MODERN, "register")
+    body, headers = rpc(era, "read_messages", {"session_id": me["session_id"], "wait_seconds": 60})
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    one = f"POST /mcp HTTP/1.1\r\nhost: localhost\r\n{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as talk:
+        talk.sendall(one + one)
+        with contextlib.suppress(ConnectionResetError):
+            assert not talk.recv(1_000)
+    raw(server, MODERN, "disconnect", session_id=me["session_id"])
+
+
+@dataclass(eq=False)
+class Connection:
+    """What the server looks at of uvicorn's connections."""
+
+    cycle: Any = None
+    timeout_keep_alive_task: Any = None
+    unsent: int = 0
+    aborted: bool = False
+
+    @property
+    def transport(self) -> Any:
+        return self
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def test_a_connection_is_cut_off_when_it_stands_still_from_one_look_to_the_next() -> None:
+    done = SimpleNamespace(response_complete=True, more_body=False)
+    waits = SimpleNamespace(response_complete=False, more_body=False)
+    silent = Connection()
+    half_sent = Connection(SimpleNamespace(response_complete=False, more_body=True))
+    half_sent_again = Connection(done)
+    unread = Connection(waits, unsent=70_000)
+    slow = Connection(waits, unsent=70_000)
+    busy = Connection()
+    resting = Connection(done, timeout_keep_alive_task=object())
+    waiting_ = Connection(waits)
+    server = app.HttpServer(uvicorn.Config(app.mcp.http_app()))
+    state: Any = server.server_state
+    state.connections = {silent, half_sent, half_sent_again, unread, slow, busy, resting, waiting_}
+    server.cut_off()
+    slow.unsent -= 1
+    busy.cycle = waits
+    server.cut_off()
+    assert all(connection.aborted for connection in (silent, half_sent, half_sent_again, unread))
+    assert not any(connection.aborted for connection in (slow, busy, resting, waiting_))
+
+
+@both_eras
+@pytest.mark.parametrize("how", ["reset", "closed"])
+def test_a_client_that_goes_in_the_middle_of_its_request_leaves_no_traceback(era: str, how: str) -> None:
+    with running(stdout=subprocess.DEVNULL) as server:
+        body, headers = rpc(era, "register", {})
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        for _ in range(5):
+            talk = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+            talk.sendall(f"POST /mcp HTTP/1.1\r\nhost: x\r\n{head}content-length: 999\r\n\r\n".encode() + body)
+            talk.sendall(body)
+            time.sleep(0.05)
+            reset(talk) if how == "reset" else talk.close()
+        assert get(server, "/health")[0] == 200
+        assert server.stop() == 0
+        assert server.process.stderr
+        assert server.process.stderr.read() == ""
+
+
+def test_with_its_standard_output_closed_it_still_serves() -> None:
+    port = free_port()
+    command = f"exec {sys.executable} -m junction --port {port} >&-"
+    process = subprocess.Popen(["sh", "-c", command], env=environment(), stderr=subprocess.PIPE, text=True)
+    server = Server(process, port, False, [])
+    try:
+        wait_for_health(server)
+        me = raw(server, MODERN, "register")
+        raw(server, MODERN, "disconnect", session_id=me["session_id"])
+    finally:
+        process.terminate()
+        assert process.communicate(timeout=5)[1] == ""
+
+
 @LINUX
 def test_the_process_is_closed_to_others_of_its_user_and_leaves_no_core(server: Server) -> None:
     limits = Path(f"/proc/{server.process.pid}/limits")
@@ -2196,6 +2324,29 @@ def peers_here(server: Server) -> int:
     return count_
 
 
+Inside = Callable[..., subprocess.CompletedProcess[bytes]]
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Iterator[Inside]:
+    """As `run`, but in this process: where it is not the process that matters, that is ten times as fast."""
+
+    def command(*arguments: str, stdin: bytes = b"", **variables: str) -> subprocess.CompletedProcess[bytes]:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["agent-junction", *arguments])
+            patch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False))
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit) as ended:
+                app.main()
+        out, err = capfdbinary.readouterr()
+        return subprocess.CompletedProcess(arguments, int(str(ended.value.code)), out, err)
+
+    disabled = logging.root.manager.disable
+    yield command
+    logging.disable(disabled)
+
+
 @pytest.fixture
 def alone() -> Iterator[Server]:
     """A server that must have no peer left at the end."""
@@ -2221,75 +2372,53 @@ def test_a_secret_goes_from_shell_to_shell_byte_for_byte(alone: Server, secret: 
     assert sent.returncode == 0
     assert sent.stdout.decode() == f"delivered to {alias} (1 waiting for it)\n"
     out, err = reader.communicate(timeout=30)
-    assert (reader.returncode, out, err) == (0, secret, b"")
+    assert (reader.returncode, out) == (0, secret)
+    assert re.fullmatch(rb"from [a-z]+-[a-z]+\n", err)
 
 
-def test_random_texts_go_through_the_command_line_unchanged(
-    server: Server, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
-) -> None:
-    """The commands' own functions, in this process: a process for each text would take minutes."""
+def test_random_texts_go_through_the_command_line_unchanged(server: Server, inside: Inside) -> None:
     me = raw(server, MODERN, "register")
-    monkeypatch.setenv("JUNCTION_URL", server.url)
-    monkeypatch.setenv("JUNCTION_SESSION", me["session_id"])
-
-    class Stdin:
-        buffer: Any = None
-        isatty = staticmethod(lambda: False)
-
-    def command(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["agent-junction", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            app.main()
-        assert ended.value.code == 0
 
     @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=3_000))
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=25, deadline=None)
     def there_and_back(text: str) -> None:
-        Stdin.buffer = io.BytesIO(text.encode())
-        monkeypatch.setattr(sys, "stdin", Stdin)
-        monkeypatch.delenv("JUNCTION_SESSION")
-        command("send", me["alias"])
-        monkeypatch.setenv("JUNCTION_SESSION", me["session_id"])
-        capfdbinary.readouterr()
-        command("read", "--raw")
-        assert capfdbinary.readouterr().out == text.encode()
+        sent = inside("send", me["alias"], stdin=text.encode(), **client_variables(server))
+        assert sent.returncode == 0
+        read = inside("read", "--raw", **client_variables(server, JUNCTION_SESSION=me["session_id"]))
+        assert (read.returncode, read.stdout) == (0, text.encode())
 
-    disabled = logging.root.manager.disable
-    try:
-        there_and_back()
-    finally:
-        logging.disable(disabled)
+    there_and_back()
     raw(server, MODERN, "disconnect", session_id=me["session_id"])
 
 
-def test_a_message_can_be_an_argument_and_be_read_as_a_session(alone: Server) -> None:
+def test_a_message_can_be_an_argument_and_be_read_as_a_session(inside: Inside, alone: Server) -> None:
     me = raw(alone, MODERN, "register")
     as_me = client_variables(alone, JUNCTION_SESSION=me["session_id"])
-    assert run("send", me["alias"], "hello -- world", **client_variables(alone)).returncode == 0
-    read = run("read", **as_me)
+    assert inside("send", me["alias"], "hello -- world", **client_variables(alone)).returncode == 0
+    read = inside("read", **as_me)
     assert read.returncode == 0
     assert re.fullmatch(r"[a-z]+-[a-z]+, \d{4}-\d\d-\d\d \d\d:\d\d:\d\d:\nhello -- world\n\n", read.stdout.decode())
-    assert run("read", **as_me).stdout == b""
+    assert inside("read", **as_me).stdout == b""
     assert peers_here(alone) == 1, "reading as a session does not end it"
     raw(alone, MODERN, "disconnect", session_id=me["session_id"])
 
 
-def test_what_people_read_has_no_control_characters(alone: Server) -> None:
+def test_what_people_read_has_no_control_characters(inside: Inside, alone: Server) -> None:
     ann, bob = (raw(alone, MODERN, "register") for _ in range(2))
     text = "\x1b]0;evil\x07\x1b[31mred\u202e\r\n\tfine"
     raw(alone, MODERN, "send_message", session_id=ann["session_id"], target_alias=bob["alias"], message=text)
-    shown = run("read", **client_variables(alone, JUNCTION_SESSION=bob["session_id"])).stdout.decode()
+    shown = inside("read", **client_variables(alone, JUNCTION_SESSION=bob["session_id"])).stdout.decode()
     assert "\\x1b]0;evil\\x07\\x1b[31mred\\u202e\\r\n\tfine\n" in shown
     for peer in (ann, bob):
         raw(alone, MODERN, "disconnect", session_id=peer["session_id"])
 
 
-def test_all_pages_are_read_in_one_go_and_json_is_one_document(alone: Server) -> None:
+def test_all_pages_are_read_in_one_go_and_json_is_one_document(inside: Inside, alone: Server) -> None:
     ann, bob = (raw(alone, MODERN, "register") for _ in range(2))
     for letter in "abc":
         message = letter * 30_000
         raw(alone, MODERN, "send_message", session_id=ann["session_id"], target_alias=bob["alias"], message=message)
-    answer = json.loads(run("read", "--json", **client_variables(alone, JUNCTION_SESSION=bob["session_id"])).stdout)
+    answer = json.loads(inside("read", "--json", **client_variables(alone, JUNCTION_SESSION=bob["session_id"])).stdout)
     assert [entry["message"][0] for entry in answer["messages"]] == list("abc")
     assert answer["remaining"] == 0
     for peer in (ann, bob):
@@ -2344,20 +2473,23 @@ def failure(ended: subprocess.CompletedProcess[bytes], code: int) -> str:
     return line
 
 
-def test_each_failure_is_one_line_and_an_exit_code(alone: Server) -> None:
+def test_each_failure_is_one_line_and_an_exit_code(inside: Inside, alone: Server) -> None:
     there = client_variables(alone)
-    assert "There is no peer 'no-body'" in failure(run("send", "no-body", "x", **there), 1)
-    assert "Nobody else" in failure(run("send", "*", "x", **there), 1)
-    assert "empty" in failure(run("send", "no-body", stdin=b"", **there), 1)
-    assert "not UTF-8 at byte 2" in failure(run("send", "no-body", stdin=b"ab\xffswordfish", **there), 2)
-    assert "32768" in failure(run("send", "no-body", stdin=b"swordfish" * 4_000, **there), 2)
-    assert "unknown or expired" in failure(run("read", "--session", "swordfish", **there), 1)
-    assert "no junction answers" in failure(run("peers", "--url", f"http://127.0.0.1:{free_port()}"), 4)
-    assert "http, or https?" in failure(run("peers", "--url", f"https://127.0.0.1:{alone.port}"), 4)
-    assert "no such file" in failure(run("peers", SSL_CERT_FILE="/no/such/file", **there), 2)
-    assert "not an http" in failure(run("peers", "--url", "nonsense"), 2)
-    assert "--wait" in failure(run("read", "--wait", "4000", **there), 2)
-    for ended in (run("send", "no-body", stdin=b"swordfish", **there), run("send", "no-body", stdin=b"\xffswordfish")):
+    assert "There is no peer 'no-body'" in failure(inside("send", "no-body", "x", **there), 1)
+    assert "Nobody else" in failure(inside("send", "*", "x", **there), 1)
+    assert "empty" in failure(inside("send", "no-body", stdin=b"", **there), 1)
+    assert "not UTF-8 at byte 2" in failure(inside("send", "no-body", stdin=b"ab\xffswordfish", **there), 2)
+    assert "32768" in failure(inside("send", "no-body", stdin=b"swordfish" * 4_000, **there), 2)
+    assert "unknown or expired" in failure(inside("read", "--session", "swordfish", **there), 1)
+    assert "no junction answers" in failure(inside("peers", "--url", f"http://127.0.0.1:{free_port()}"), 4)
+    assert "http, or https?" in failure(inside("peers", "--url", f"https://127.0.0.1:{alone.port}"), 4)
+    assert "no such file" in failure(inside("peers", SSL_CERT_FILE="/no/such/file", **there), 2)
+    assert "not an http" in failure(inside("peers", "--url", "nonsense"), 2)
+    assert "--wait" in failure(inside("read", "--wait", "4000", **there), 2)
+    for ended in (
+        inside("send", "no-body", stdin=b"swordfish", **there),
+        inside("send", "no-body", stdin=b"\xffswordfish"),
+    ):
         assert b"swordfish" not in ended.stderr
 
 
@@ -2371,38 +2503,38 @@ def test_an_answer_that_cannot_be_written_is_no_missing_server(alone: Server) ->
     assert ended.stderr == b"agent-junction: the answer could not be written: No space left on device\n"
 
 
-def test_a_full_inbox_is_said(alone: Server) -> None:
+def test_a_full_inbox_is_said(inside: Inside, alone: Server) -> None:
     ann, bob = (raw(alone, MODERN, "register") for _ in range(2))
     for _ in range(64):
         message = {"target_alias": bob["alias"], "message": "x" * 32_768}
         raw(alone, MODERN, "send_message", session_id=ann["session_id"], **message)
     as_ann = client_variables(alone, JUNCTION_SESSION=ann["session_id"])
-    assert "64 messages of yours" in failure(run("send", bob["alias"], "x", **as_ann), 1)
+    assert "64 messages of yours" in failure(inside("send", bob["alias"], "x", **as_ann), 1)
     for peer in (ann, bob):
         raw(alone, MODERN, "disconnect", session_id=peer["session_id"])
 
 
 def test_the_clients_carry_a_token_and_trust_a_named_certificate(
-    guarded: Server, secure: Server, certificate: tuple[str, str]
+    inside: Inside, guarded: Server, secure: Server, certificate: tuple[str, str]
 ) -> None:
     trusting = {"SSL_CERT_FILE": certificate[0]}
-    assert run("peers", **client_variables(guarded, JUNCTION_TOKEN=TOKEN)).returncode == 0
-    assert run("peers", "--token", TOKEN, **client_variables(secure, **trusting)).returncode == 0
-    assert "token is wrong, or missing" in failure(run("peers", **client_variables(guarded)), 4)
-    wrong = failure(run("peers", "--token", "swordfish", **client_variables(guarded)), 4)
+    assert inside("peers", **client_variables(guarded, JUNCTION_TOKEN=TOKEN)).returncode == 0
+    assert inside("peers", "--token", TOKEN, **client_variables(secure, **trusting)).returncode == 0
+    assert "token is wrong, or missing" in failure(inside("peers", **client_variables(guarded)), 4)
+    wrong = failure(inside("peers", "--token", "swordfish", **client_variables(guarded)), 4)
     assert "token is wrong, or missing" in wrong
     assert "swordfish" not in wrong
-    assert "not trusted" in failure(run("peers", **client_variables(secure, JUNCTION_TOKEN=TOKEN)), 4)
+    assert "not trusted" in failure(inside("peers", **client_variables(secure, JUNCTION_TOKEN=TOKEN)), 4)
 
 
-def test_a_servers_variable_does_not_stop_a_client(alone: Server) -> None:
-    assert run("peers", JUNCTION_PORT="nonsense", JUNCTION_TLS_CERT="x", **client_variables(alone)).returncode == 0
-    assert run("peers", JUNCTION_TOKEN="short", **client_variables(alone)).returncode == 0
+def test_a_servers_variable_does_not_stop_a_client(inside: Inside, alone: Server) -> None:
+    assert inside("peers", JUNCTION_PORT="nonsense", JUNCTION_TLS_CERT="x", **client_variables(alone)).returncode == 0
+    assert inside("peers", JUNCTION_TOKEN="short", **client_variables(alone)).returncode == 0
 
 
-def test_the_address_may_leave_out_the_path(alone: Server) -> None:
+def test_the_address_may_leave_out_the_path(inside: Inside, alone: Server) -> None:
     for url in (alone.base, alone.base + "/", alone.url, alone.url + "/"):
-        assert run("peers", "--url", url).returncode == 0
+        assert inside("peers", "--url", url).returncode == 0
 
 
 def test_a_server_that_goes_ends_a_waiting_read_with_one_line(server: Server) -> None:
