@@ -32,6 +32,7 @@ import gc
 import hashlib
 import hmac
 import http.client
+import io
 import ipaddress
 import json
 import logging
@@ -1159,7 +1160,7 @@ def greeting(listener: socket.socket, token: bool, made: str, tls: bool) -> str:
         f"url          {base}/mcp",
         f"mode         {junction.mode}",
         f"health       {base}/health",
-        f"known hosts  {', '.join(host['name'] for host in junction.hosts) or 'none'}",
+        f"known hosts  {', '.join(host['name'] + ' ' + host['mcp_url'] for host in junction.hosts) or 'none'}",
     ]
     if made:
         lines += [f"token        {made} (for this run only; JUNCTION_TOKEN sets one that stays)"]
@@ -1209,6 +1210,8 @@ def send(
     session: Session = "",
 ) -> None:
     """Send a message: agent-junction send crimson-falcon < .env"""
+    if message is None and not sys.stdin:
+        raise Stop("there is neither a message nor a standard input to take it from", 2)
     if message is None and sys.stdin.isatty():
         print("Type the message, then Ctrl-D (on Windows Ctrl-Z, Return) on a line of its own.", file=sys.stderr)
     data = sys.stdin.buffer.read(MESSAGE_BYTES + 1) if message is None else os.fsencode(message)
@@ -1375,6 +1378,9 @@ async def use(client: Any, tool: str, **arguments: Any) -> Any:
 
 def main() -> None:
     """Run the command line. Every error is one line on standard error, with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # some terminals cannot show every character
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
     except typer.TyperException as error:

@@ -1310,6 +1310,24 @@ async def test_a_waiting_read_is_woken_over_http(server: Server, era: str, other
 
 
 @both_eras
+async def test_a_waiting_call_tells_its_client_that_it_still_waits(era: str, tmp_path: Path) -> None:
+    (tmp_path / "eager.py").write_text("import junction; junction.PROGRESS_SECONDS = 0.1; junction.main()")
+    reports: list[float] = []
+
+    async def progress(seconds: float, _total: float | None, _message: str | None) -> None:
+        reports.append(seconds)
+
+    with running(stdout=subprocess.DEVNULL, script=str(tmp_path / "eager.py")) as there:
+        async with Client(there.url, mode=era) as client:
+            me = await call(client, "register")
+            waiting_ = {"session_id": me["session_id"], "wait_seconds": 0.6}
+            await client.call_tool("read_messages", waiting_, progress_handler=progress)
+            await client.call_tool("list_peers", waiting_, progress_handler=progress)
+    assert len(reports) >= 6
+    assert all(0.05 < seconds < 2 for seconds in reports)
+
+
+@both_eras
 async def test_a_refused_call_is_a_tool_error_that_says_what_to_do(client: Client[Any], era: str) -> None:
     me = await call(client, "register")
     for tool, arguments, text in [
@@ -1504,7 +1522,8 @@ def test_the_first_lines_are_what_to_paste() -> None:
         entry = json.loads(next(line for line in lines if line.startswith("{")))
         assert entry == {"mcpServers": {"junction": {"type": "http", "url": server.url}}}
         text = "\n".join(lines)
-        for part in (f"url          {server.url}", "mode         localhost", f"{server.base}/health", "desk"):
+        desk = "desk http://10.0.0.7:4200/mcp"
+        for part in (f"url          {server.url}", "mode         localhost", f"{server.base}/health", desk):
             assert part in text
 
 
@@ -2473,7 +2492,9 @@ def failure(ended: subprocess.CompletedProcess[bytes], code: int) -> str:
     return line
 
 
-def test_each_failure_is_one_line_and_an_exit_code(inside: Inside, alone: Server) -> None:
+def test_each_failure_is_one_line_and_an_exit_code(
+    inside: Inside, alone: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     there = client_variables(alone)
     assert "There is no peer 'no-body'" in failure(inside("send", "no-body", "x", **there), 1)
     assert "Nobody else" in failure(inside("send", "*", "x", **there), 1)
@@ -2486,6 +2507,9 @@ def test_each_failure_is_one_line_and_an_exit_code(inside: Inside, alone: Server
     assert "no such file" in failure(inside("peers", SSL_CERT_FILE="/no/such/file", **there), 2)
     assert "not an http" in failure(inside("peers", "--url", "nonsense"), 2)
     assert "--wait" in failure(inside("read", "--wait", "4000", **there), 2)
+    monkeypatch.setattr(app, "sys", SimpleNamespace(**{**vars(sys), "stdin": None}))
+    assert "standard input" in failure(inside("send", "no-body", **there), 2)
+    monkeypatch.undo()
     for ended in (
         inside("send", "no-body", stdin=b"swordfish", **there),
         inside("send", "no-body", stdin=b"\xffswordfish"),
