@@ -32,6 +32,7 @@ import gc
 import hashlib
 import hmac
 import http.client
+import inspect
 import io
 import ipaddress
 import json
@@ -71,7 +72,8 @@ from fastmcp import FastMCP
 from fastmcp.exceptions import ToolError, ValidationError
 from fastmcp.server.auth import AccessToken, TokenVerifier
 from fastmcp.server.dependencies import get_context
-from fastmcp.tools import Tool, ToolResult
+from fastmcp.tools import Tool, ToolResult, function_parsing
+from fastmcp.utilities.docstring_parsing import ParsedDocstring
 from fastmcp.utilities.versions import VersionSpec
 from mcp.server.transport_security import RequestBodyLimitMiddleware
 from pydantic import ValidationError as PydanticError
@@ -665,6 +667,10 @@ Secrets (API keys, .env files) should not pass through your context. If your she
 it carry them: `JUNCTION_SESSION=<your session_id> agent-junction send crimson-falcon < .env` on one side and \
 `agent-junction read --wait 300 --raw > .env` on the other, which says on stderr by which alias it waits.
 """
+
+
+# FastMCP would load griffe, 2 MB and a tenth of a second, to look in these docstrings for sections that are not there.
+vars(function_parsing)["parse_docstring"] = lambda function: ParsedDocstring(inspect.getdoc(function))
 
 
 class ToolServer(FastMCP[Any]):

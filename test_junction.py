@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import inspect
 import io
 import ipaddress
 import json
@@ -1226,6 +1227,12 @@ async def test_the_six_tools_are_there_with_their_arguments(client: Client[Any],
     }
 
 
+@both_eras
+async def test_each_tool_is_described_by_its_docstring(client: Client[Any], era: str) -> None:
+    for tool in await client.list_tools():
+        assert tool.description == inspect.getdoc(getattr(app, tool.name))
+
+
 @pytest.mark.parametrize("era", [LEGACY, "auto"])  # a client that is told its era does not ask for instructions
 async def test_the_instructions_are_short_enough_and_name_every_tool(client: Client[Any], era: str) -> None:
     instructions = client.instructions or ""
@@ -2240,6 +2247,22 @@ def test_with_its_standard_output_closed_it_still_serves() -> None:
     finally:
         process.terminate()
         assert process.communicate(timeout=5)[1] == ""
+
+
+@LINUX
+def test_the_keys_are_locked_in_memory_where_the_limit_allows(server: Server) -> None:
+    import resource
+
+    allowed = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if 0 <= allowed < 1_000_000:
+        pytest.skip("the limit on locked memory is too low here")
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    assert int(re.findall(r"VmLck:\s+(\d+) kB", status)[0]) >= app.JUNCTION_PEERS * app.KEY_BYTES // 1024
+
+
+def test_that_keys_cannot_be_locked_is_no_reason_not_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "sodium", None)
+    assert app.KeyRing(1).lock() is False
 
 
 @LINUX
