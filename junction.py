@@ -665,7 +665,8 @@ user and rules to allow.
 
 Secrets (API keys, .env files) should not pass through your context. If your shell has the agent-junction command, let \
 it carry them: `JUNCTION_SESSION=<your session_id> agent-junction send crimson-falcon < .env` on one side and \
-`agent-junction read --wait 300 --raw > .env` on the other, which says on stderr by which alias it waits.
+`agent-junction read --wait 300 --raw > .env` on the other, which says on stderr by which alias it waits. A junction \
+elsewhere than at http://127.0.0.1:4200/mcp is named by JUNCTION_URL, the token of one that wants it by JUNCTION_TOKEN.
 """
 
 

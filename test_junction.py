@@ -1411,12 +1411,17 @@ def reset(talk: socket.socket) -> None:
     talk.close()
 
 
-def begin_call(server: Server, era: str, tool: str, **arguments: Any) -> socket.socket:
-    """Send a call and leave its answer unread."""
+def http_call(era: str, tool: str, arguments: dict[str, Any]) -> bytes:
+    """A call as it goes over the wire."""
     body, headers = rpc(era, tool, arguments)
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"POST /mcp HTTP/1.1\r\nhost: localhost\r\n{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+def begin_call(server: Server, era: str, tool: str, **arguments: Any) -> socket.socket:
+    """Send a call and leave its answer unread."""
     talk = socket.create_connection(("127.0.0.1", server.port), timeout=10)
-    talk.sendall(f"POST /mcp HTTP/1.1\r\nhost: localhost\r\n{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+    talk.sendall(http_call(era, tool, arguments))
     return talk
 
 
@@ -2165,9 +2170,7 @@ def test_a_request_behind_a_waiting_one_does_not_hide_that_its_client_has_gone(s
 @both_eras
 def test_two_requests_in_one_packet_end_the_connection(server: Server, era: str) -> None:
     me = raw(server, MODERN, "register")
-    body, headers = rpc(era, "read_messages", {"session_id": me["session_id"], "wait_seconds": 60})
-    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    one = f"POST /mcp HTTP/1.1\r\nhost: localhost\r\n{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    one = http_call(era, "read_messages", {"session_id": me["session_id"], "wait_seconds": 60})
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as talk:
         talk.sendall(one + one)
         with contextlib.suppress(ConnectionResetError):
