@@ -67,6 +67,7 @@ import pydantic
 # FastMCP and the SDK define 600 models; 40 are ever used here. Each is built when it is, and not on import.
 pydantic.BaseModel.model_config["defer_build"] = True
 
+import anyio
 import fastmcp
 import sniffio
 import typer
@@ -75,19 +76,33 @@ import wonderwords
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from fastmcp import FastMCP
 from fastmcp.exceptions import ToolError, ValidationError
+from fastmcp.server import http as fastmcp_http
 from fastmcp.server.auth import AccessToken, TokenVerifier
 from fastmcp.server.dependencies import get_context
 from fastmcp.tools import Tool, ToolResult, function_parsing
 from fastmcp.utilities.docstring_parsing import ParsedDocstring
 from fastmcp.utilities.versions import VersionSpec
-from mcp.server.transport_security import RequestBodyLimitMiddleware
+from mcp.server.connection import Connection
+from mcp.server.runner import serve_one
+from mcp.server.streamable_http import check_accept_headers
+from mcp.shared.jsonrpc_dispatcher import progress_token_from_params
+from mcp.shared.message import ServerMessageMetadata
+from mcp.shared.transport_context import TransportContext
+from mcp_types import DEFAULT_NEGOTIATED_VERSION, JSONRPCRequest
 from pydantic import ValidationError as PydanticError
-from sse_starlette.sse import AppStatus
-from starlette.middleware import Middleware as HttpMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
+from starlette.types import Message as HttpMessage
+from starlette.types import Receive, Scope, Send
 from typing_extensions import TypedDict
 
+try:  # private names of the SDK's: should another release not have them, older clients are served more slowly
+    from mcp.server._streamable_http_modern import _SSE_HEADERS as SSE_HEADERS
+    from mcp.server._streamable_http_modern import _SingleExchangeDispatchContext as Exchange
+    from mcp.server._streamable_http_modern import _sse_event as sse_event
+    from mcp.server._streamable_http_modern import _to_jsonrpc_response as jsonrpc_response
+except ImportError:
+    Exchange = None  # type: ignore[assignment, misc]
 try:  # PyNaCl has these in a private module only: another release may have moved them
     from nacl._sodium import ffi
     from nacl._sodium import lib as sodium
@@ -115,7 +130,7 @@ PROGRESS_SECONDS = 15  # between progress reports of a waiting call; Claude Code
 KEEP_ALIVE_SECONDS = 15  # an idle HTTP connection is kept; longer than clients keep theirs, so that these close first
 OPEN_FILES = 65_536  # at most so many connections, where the system allows as many
 YEAR_MS = 365 * 86_400_000  # the longest timeout
-CANCEL_TURNS = 8  # of the event loop, in which a client's reset cancels its call; 4 were needed, in the older era
+CANCEL_TURNS = 8  # of the event loop, in which a client's reset cancels its call; 2 suffice, or 4 in the SDK's session
 AGAIN_SECONDS = 60  # a batch that was read can be had again for so long
 BODY_BYTES = 256 * 1024  # of an HTTP request's body; 32 KiB of message is 192 KiB where JSON escapes every byte of it
 HEAD_BYTES, REQUEST_BYTES = 64 * 1024, 4 * 1024**2  # of an HTTP request's head, and of all of it, before it is cut
@@ -706,8 +721,9 @@ class ToolServer(FastMCP[Any]):
 async def lifespan(server: FastMCP[Any]) -> AsyncIterator[None]:
     """Sweep the junction as long as the server runs, and erase everything at its end."""
     mcp.known = {tool.name: tool for tool in await server.list_tools()}
-    # The SDK wants the schema of each tool that a 2026-07-28 client calls; without this it lists all tools each time.
-    server._mcp_server.get_tool_input_schema = {name: tool.parameters for name, tool in mcp.known.items()}.get
+    # No argument goes by a header as well (x-mcp-header). To learn that, the SDK would list all tools at each call of a
+    # 2026-07-28 client; to be given their schemas it would walk through one.
+    server._mcp_server.get_tool_input_schema = lambda name: None
 
     async def sweeping() -> None:
         while True:
@@ -816,6 +832,88 @@ class BearerToken(TokenVerifier):
         return AccessToken(token="", client_id="peer", scopes=[]) if right else None
 
 
+class SessionManager(fastmcp_http.FastMCPStreamableHTTPSessionManager):
+    """FastMCP's, with this server's limit of a request's body, and a shorter way for the calls of older clients."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.asgi_app.max_body_size = BODY_BYTES
+
+    async def _handle_stateless_request(self, version: str | None, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request of an older client.
+
+        The SDK would set up a session for it: seven tasks and six streams, for nothing where no session is kept. A
+        tool's call is served instead in the one exchange that the SDK has for 2026-07-28, and answered as it would
+        have been, by SSE. That takes half the time, and half the memory while the call waits.
+        """
+        body: HttpMessage | None = await receive()  # the whole of it: the limit above has waited for that
+        request = Request(scope)
+        if body and (call := older_call(request, body.get("body", b""))):
+            return await self._exchange(call, version or DEFAULT_NEGOTIATED_VERSION, request, receive, send)
+
+        async def replay() -> HttpMessage:
+            nonlocal body
+            message, body = body, None
+            return message or await receive()
+
+        return await super()._handle_stateless_request(version, scope, replay, send)
+
+    async def _exchange(
+        self, call: JSONRPCRequest, version: str, request: Request, receive: Receive, send: Send
+    ) -> None:
+        """Send what comes of a call as it comes: reports of progress, signs of life, the answer."""
+        sink, events = anyio.create_memory_object_stream[bytes](0)
+
+        async def serve() -> None:
+            async with sink:
+                await sink.send(await self._serve(call, version, request, sink))
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            tasks.cancel_scope.cancel()
+
+        async with events, anyio.create_task_group() as tasks:
+            tasks.start_soon(serve)
+            tasks.start_soon(watch)
+            await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+            more = True
+            while more:
+                event = b": ping\r\n\r\n"
+                with anyio.move_on_after(PROGRESS_SECONDS):
+                    try:
+                        event = await events.receive()
+                    except anyio.EndOfStream:
+                        event, more = b"", False
+                await send({"type": "http.response.body", "body": event, "more_body": more})
+            tasks.cancel_scope.cancel()
+
+    async def _serve(self, call: JSONRPCRequest, version: str, request: Request, sink: Any) -> bytes:
+        """The answer to a call, as a server-sent event. What the call reports meanwhile goes into the sink."""
+        context = Exchange(
+            transport=TransportContext(kind="streamable-http", can_send_request=False),
+            request_id=call.id,
+            message_metadata=ServerMessageMetadata(request_context=request),
+            progress_token=progress_token_from_params(call.params),
+            sink=sink,
+        )
+        client, state = Connection.from_envelope(version, None, None), self._lifespan_state
+        result = serve_one(self.app, context, call.method, call.params, connection=client, lifespan_state=state)
+        return sse_event(await jsonrpc_response(call.id, result))
+
+
+def older_call(request: Request, body: bytes) -> JSONRPCRequest | None:
+    """The tool call in an older client's request. None if it is none, or one that the SDK has to refuse."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip()
+    if Exchange is None or content_type != "application/json" or not all(check_accept_headers(request)):
+        return None
+    try:
+        call = JSONRPCRequest.model_validate_json(body, by_name=False)
+    except PydanticError:
+        return None
+    return call if call.method == "tools/call" else None
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn's server, which also answers waiting calls before it stops, and cuts off connections that are stuck."""
 
@@ -864,9 +962,13 @@ def http_protocol() -> Any:
         return "h11"
 
     class Limited(HttpToolsProtocol):
+        __slots__ = ("fed", "in_head")  # beside uvicorn's attributes they would cost each connection 1 KB
         unfinished = 0  # bytes of requests that are still arriving, over all connections
-        fed = 0  # of them, on this connection
-        in_head = True
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            self.fed = 0  # of them, on this connection
+            self.in_head = True
+            super().connection_made(transport)
 
         def data_received(self, data: bytes) -> None:
             most = HEAD_BYTES if self.in_head else REQUEST_BYTES
@@ -1067,8 +1169,7 @@ def run(listener: socket.socket, token: str, names: list[str], tls: ssl.SSLConte
     logging.disable(logging.WARNING)  # below it, FastMCP and others print arguments, answers and session ids
     for name in ("uvicorn.error", "mcp.server.streamable_http"):
         logging.getLogger(name).addFilter(is_news)
-    # It would cut the streams of older clients before they are answered.
-    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
+    vars(fastmcp_http)["FastMCPStreamableHTTPSessionManager"] = SessionManager  # http_app takes it from there
     fastmcp.settings.telemetry_mode = "propagation_only"  # its cheapest: "off" still collects what a span would say
     mcp.auth = BearerToken(token) if token else None
     http_app = mcp.http_app(
@@ -1076,7 +1177,6 @@ def run(listener: socket.socket, token: str, names: list[str], tls: ssl.SSLConte
         json_response=False,
         host_origin_protection=True,
         allowed_hosts=names,
-        middleware=[HttpMiddleware(RequestBodyLimitMiddleware, max_body_size=BODY_BYTES)],
     )
     config = uvicorn.Config(
         http_app,
