@@ -1194,7 +1194,8 @@ def run(listener: socket.socket, token: str, names: list[str], tls: ssl.SSLConte
             signal.signal(getattr(signal, name), lambda *_: sys.exit(0))
     gc.collect()
     gc.freeze()  # what is here now stays: the collector need not walk through it again and again
-    gc.set_threshold(5_000, 20, 50)
+    # Look for garbage often among what is new, 0.4 ms each time, and seldom among all, 1 s with ten thousand waiting.
+    gc.set_threshold(1_500, 20, 300)
     sniffio.thread_local.name = "asyncio"  # what anyio asks for some hundred times a call; looking costs a twentieth
     try:
         HttpServer(config).run([listener])
