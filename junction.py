@@ -90,6 +90,7 @@ from mcp.shared.message import ServerMessageMetadata
 from mcp.shared.transport_context import TransportContext
 from mcp_types import DEFAULT_NEGOTIATED_VERSION, JSONRPCRequest
 from pydantic import ValidationError as PydanticError
+from sse_starlette.sse import AppStatus
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Message as HttpMessage
@@ -846,14 +847,14 @@ class SessionManager(fastmcp_http.FastMCPStreamableHTTPSessionManager):
         tool's call is served instead in the one exchange that the SDK has for 2026-07-28, and answered as it would
         have been, by SSE. That takes half the time, and half the memory while the call waits.
         """
-        body: HttpMessage | None = await receive()  # the whole of it: the limit above has waited for that
+        first: HttpMessage | None = await receive()
         request = Request(scope)
-        if body and (call := older_call(request, body.get("body", b""))):
+        if first and (call := older_call(request, first)):
             return await self._exchange(call, version or DEFAULT_NEGOTIATED_VERSION, request, receive, send)
 
         async def replay() -> HttpMessage:
-            nonlocal body
-            message, body = body, None
+            nonlocal first
+            message, first = first, None
             return message or await receive()
 
         return await super()._handle_stateless_request(version, scope, replay, send)
@@ -902,13 +903,16 @@ class SessionManager(fastmcp_http.FastMCPStreamableHTTPSessionManager):
         return sse_event(await jsonrpc_response(call.id, result))
 
 
-def older_call(request: Request, body: bytes) -> JSONRPCRequest | None:
+def older_call(request: Request, body: HttpMessage) -> JSONRPCRequest | None:
     """The tool call in an older client's request. None if it is none, or one that the SDK has to refuse."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip()
-    if Exchange is None or content_type != "application/json" or not all(check_accept_headers(request)):
+    fits = request.method == "POST" and content_type == "application/json" and all(check_accept_headers(request))
+    # RequestBodyLimitMiddleware has gathered the whole body, unless the client went before it had sent that.
+    whole = body["type"] == "http.request" and not body["more_body"]
+    if Exchange is None or not (fits and whole):
         return None
     try:
-        call = JSONRPCRequest.model_validate_json(body, by_name=False)
+        call = JSONRPCRequest.model_validate_json(body["body"], by_name=False)
     except PydanticError:
         return None
     return call if call.method == "tools/call" else None
@@ -1170,6 +1174,8 @@ def run(listener: socket.socket, token: str, names: list[str], tls: ssl.SSLConte
     for name in ("uvicorn.error", "mcp.server.streamable_http"):
         logging.getLogger(name).addFilter(is_news)
     vars(fastmcp_http)["FastMCPStreamableHTTPSessionManager"] = SessionManager  # http_app takes it from there
+    # It would cut the SDK's own streams to older clients before they are answered.
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
     fastmcp.settings.telemetry_mode = "propagation_only"  # its cheapest: "off" still collects what a span would say
     mcp.auth = BearerToken(token) if token else None
     http_app = mcp.http_app(

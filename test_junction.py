@@ -1373,6 +1373,37 @@ OLDER: dict[
 }
 
 
+@both_eras
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_call_whose_client_goes_before_it_has_sent_all_of_it_is_not_carried_out(
+    server: Server, era: str, chunked: bool
+) -> None:
+    ann, bob = raw(server, era, "register"), raw(server, era, "register")
+    message = {"session_id": ann["session_id"], "target_alias": bob["alias"], "message": "half a call"}
+    head, body = http_call(era, "send_message", message).split(b"\r\n\r\n")
+    length = b"content-length: %d" % len(body)
+    assert length in head
+    if chunked:
+        head, body = head.replace(length, b"transfer-encoding: chunked"), b"%x\r\n%s\r\n" % (len(body), body)
+    else:
+        head = head.replace(length, b"content-length: %d" % (len(body) + 1))
+    for go in (reset, socket.socket.close):
+        talk = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+        talk.sendall(head + b"\r\n\r\n" + body)
+        raw(server, era, "known_hosts")  # when this is answered, the server has read that
+        go(talk)
+        raw(server, era, "known_hosts")
+    assert raw(server, era, "register", session_id=bob["session_id"])["unread"] == 0
+    for peer in (ann, bob):
+        raw(server, era, "disconnect", session_id=peer["session_id"])
+
+
+def test_an_older_clients_delete_is_not_a_call(server: Server) -> None:
+    status, _, text = ask(server, "DELETE", "/mcp", *rpc(LEGACY, "register", {}))
+    assert status == 405
+    assert b"session_id" not in text
+
+
 def test_an_older_client_is_answered_as_the_sdk_would_answer_it(server: Server, tmp_path: Path) -> None:
     (tmp_path / "slower.py").write_text("import junction; junction.Exchange = None; junction.main()")
 
@@ -1393,7 +1424,11 @@ def test_an_older_client_is_answered_as_the_sdk_would_answer_it(server: Server, 
         usual = answers(slower)
         me = raw(slower, LEGACY, "register")  # and where the SDK's private names have gone, it goes on so
         assert raw(slower, LEGACY, "read_messages", session_id=me["session_id"], wait_seconds=0.1)["messages"] == []
+        asking = raw(slower, LEGACY, "register")
+        talk = begin_call(slower, LEGACY, "read_messages", session_id=me["session_id"], wait_seconds=60)
+        wait_until(lambda: waiting(slower, asking, me["alias"]))
         assert slower.stop() == 0
+        receive_until(talk, b"shutting down")
     assert {status for status, _, _ in usual.values()} >= {200, 202, 400, 406}
     assert answers(server) == usual
 
