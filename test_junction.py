@@ -1343,12 +1343,12 @@ def test_a_waiting_call_of_an_older_client_gets_signs_of_life(tmp_path: Path) ->
     assert got.count(b": ping\r\n\r\n") >= 3
 
 
-OLDER: dict[
-    str, tuple[tuple[str, str], dict[str, str]]
-] = {  # name: what is changed of a body, as text, and of the headers
+# By name: what is changed in the text of a call's body, and in its headers.
+CHANGES: dict[str, tuple[tuple[str, str], dict[str, str]]] = {
     "a call": (("", ""), {}),
     "of no stated version": (("", ""), {"mcp-protocol-version": ""}),
     "of 2024-11-05": (("", ""), {"mcp-protocol-version": "2024-11-05"}),
+    "of a version to come": (("", ""), {"mcp-protocol-version": "2999-01-01"}),
     "of 2025-11-25": (("", ""), {"mcp-protocol-version": "2025-11-25"}),
     "to a session": (("", ""), {"mcp-session-id": "abc"}),
     "with a string for its id": (('"id": 1', '"id": "one"'), {}),
@@ -1398,19 +1398,35 @@ def test_a_call_whose_client_goes_before_it_has_sent_all_of_it_is_not_carried_ou
         raw(server, era, "disconnect", session_id=peer["session_id"])
 
 
+@both_eras
+def test_a_call_that_waits_is_known_however_that_is_spelt(server: Server, era: str) -> None:
+    ann, bob = raw(server, era, "register"), raw(server, era, "register")
+    head, body = http_call(era, "read_messages", {"session_id": bob["session_id"], "wait_seconds": 60}).split(b"{", 1)
+    body = b"{" + body.replace(b"wait_seconds", b"wait\\u005fseconds")
+    head = re.sub(rb"content-length: \d+", b"content-length: %d" % len(body), head)
+    talk = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    talk.sendall(head + body)
+    wait_until(lambda: waiting(server, ann, bob["alias"]))
+    reset(talk)
+    wait_until(lambda: not waiting(server, ann, bob["alias"]))
+    for peer in (ann, bob):
+        raw(server, era, "disconnect", session_id=peer["session_id"])
+
+
 def test_an_older_clients_delete_is_not_a_call(server: Server) -> None:
     status, _, text = ask(server, "DELETE", "/mcp", *rpc(LEGACY, "register", {}))
     assert status == 405
     assert b"session_id" not in text
 
 
-def test_an_older_client_is_answered_as_the_sdk_would_answer_it(server: Server, tmp_path: Path) -> None:
+@both_eras
+def test_a_client_is_answered_as_the_sdk_would_answer_it(server: Server, era: str, tmp_path: Path) -> None:
     (tmp_path / "slower.py").write_text("import junction; junction.Exchange = None; junction.main()")
 
     def answers(there: Server) -> dict[str, tuple[int, str, list[Any]]]:
         got = {}
-        for name, (change, headers_) in OLDER.items():
-            body, headers = rpc(LEGACY, "known_hosts", {})
+        for name, (change, headers_) in CHANGES.items():
+            body, headers = rpc(era, "known_hosts", {})
             sent = body.decode().replace(*change)
             assert change == ("", "") or sent != body.decode(), name
             kept = {key: value for key, value in (headers | headers_).items() if value}
@@ -1422,10 +1438,10 @@ def test_an_older_client_is_answered_as_the_sdk_would_answer_it(server: Server, 
 
     with running(stdout=subprocess.DEVNULL, script=str(tmp_path / "slower.py")) as slower:
         usual = answers(slower)
-        me = raw(slower, LEGACY, "register")  # and where the SDK's private names have gone, it goes on so
-        assert raw(slower, LEGACY, "read_messages", session_id=me["session_id"], wait_seconds=0.1)["messages"] == []
-        asking = raw(slower, LEGACY, "register")
-        talk = begin_call(slower, LEGACY, "read_messages", session_id=me["session_id"], wait_seconds=60)
+        me = raw(slower, era, "register")  # and where the SDK's private names have gone, it goes on so
+        assert raw(slower, era, "read_messages", session_id=me["session_id"], wait_seconds=0.1)["messages"] == []
+        asking = raw(slower, era, "register")
+        talk = begin_call(slower, era, "read_messages", session_id=me["session_id"], wait_seconds=60)
         wait_until(lambda: waiting(slower, asking, me["alias"]))
         assert slower.stop() == 0
         receive_until(talk, b"shutting down")
