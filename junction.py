@@ -855,8 +855,7 @@ class SessionManager(fastmcp_http.FastMCPStreamableHTTPSessionManager):
         whole = first and first["type"] == "http.request" and not first["more_body"]  # or the client has gone
         body = first["body"] if first and whole else b""
         quick = bool(body) and b"wait_seconds" not in body and b"\\u" not in body  # by which it could be spelt, too
-        request = Request(scope)
-        version = request.headers.get("mcp-protocol-version", DEFAULT_NEGOTIATED_VERSION)
+        version = Request(scope).headers.get("mcp-protocol-version", DEFAULT_NEGOTIATED_VERSION)
         older = version in HANDSHAKE_PROTOCOL_VERSIONS
 
         async def replay() -> HttpMessage:
@@ -869,11 +868,11 @@ class SessionManager(fastmcp_http.FastMCPStreamableHTTPSessionManager):
             # in one turn, the last would be too late for the next with what its client sends then: a tail of twice p50.
             async with self._turn:
                 await asyncio.sleep(0)
-        if Exchange is None or not all(check_accept_headers(request)):
+        if Exchange is None or not all(check_accept_headers(Request(scope))):
             await super()._handle_request(scope, replay, send)
-        elif older and (call := older_call(request, body)):
+        elif older and (call := older_call(Request(scope), body)):
             serve = self._serve_quickly if quick else self._exchange
-            await serve(call, version, request, receive, send)
+            await serve(call, version, scope, receive, send)
         elif quick and not older:
             state = self._lifespan_state
             await handle_modern_request(self.app, self.security_settings, True, state, scope, replay, send)
@@ -881,21 +880,19 @@ class SessionManager(fastmcp_http.FastMCPStreamableHTTPSessionManager):
             await super()._handle_request(scope, replay, send)
 
     async def _serve_quickly(
-        self, call: JSONRPCRequest, version: str, request: Request, _receive: Receive, send: Send
+        self, call: JSONRPCRequest, version: str, scope: Scope, _receive: Receive, send: Send
     ) -> None:
-        answer = await self._serve(call, version, request)
+        answer = await self._serve(call, version, scope)
         await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
         await send({"type": "http.response.body", "body": answer})
 
-    async def _exchange(
-        self, call: JSONRPCRequest, version: str, request: Request, receive: Receive, send: Send
-    ) -> None:
+    async def _exchange(self, call: JSONRPCRequest, version: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Send what comes of a call as it comes: reports of progress, signs of life, the answer."""
         sink, events = anyio.create_memory_object_stream[bytes](0)
 
         async def serve() -> None:
             async with sink:
-                await sink.send(await self._serve(call, version, request, sink))
+                await sink.send(await self._serve(call, version, scope, sink))
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -917,12 +914,12 @@ class SessionManager(fastmcp_http.FastMCPStreamableHTTPSessionManager):
                 await send({"type": "http.response.body", "body": event, "more_body": more})
             tasks.cancel_scope.cancel()
 
-    async def _serve(self, call: JSONRPCRequest, version: str, request: Request, sink: Any = None) -> bytes:
+    async def _serve(self, call: JSONRPCRequest, version: str, scope: Scope, sink: Any = None) -> bytes:
         """The answer to a call, as a server-sent event. What the call reports meanwhile goes into the sink."""
         context = Exchange(
             transport=TransportContext(kind="streamable-http", can_send_request=False),
             request_id=call.id,
-            message_metadata=ServerMessageMetadata(request_context=request),
+            message_metadata=ServerMessageMetadata(request_context=Request(scope)),
             progress_token=progress_token_from_params(call.params),
             sink=sink,
         )
@@ -998,6 +995,7 @@ def http_protocol() -> Any:
             self.fed = 0  # of them, on this connection
             self.in_head = True
             super().connection_made(transport)
+            self.pipeline = ()  # type: ignore[assignment]  # never used, see below; a deque takes 0.8 KB
 
         def data_received(self, data: bytes) -> None:
             most = HEAD_BYTES if self.in_head else REQUEST_BYTES
