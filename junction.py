@@ -98,7 +98,7 @@ from starlette.types import Message as HttpMessage
 from starlette.types import Receive, Scope, Send
 from typing_extensions import TypedDict
 
-try:  # private names of the SDK's: should another release not have them, older clients are served more slowly
+try:  # private names of the SDK's: should another release not have them, calls are served more slowly
     from mcp.server._streamable_http_modern import _SSE_HEADERS as SSE_HEADERS
     from mcp.server._streamable_http_modern import _SingleExchangeDispatchContext as Exchange
     from mcp.server._streamable_http_modern import _sse_event as sse_event
@@ -854,7 +854,8 @@ class SessionManager(fastmcp_http.FastMCPStreamableHTTPSessionManager):
         first: HttpMessage | None = await receive()
         whole = first and first["type"] == "http.request" and not first["more_body"]  # or the client has gone
         body = first["body"] if first and whole else b""
-        quick = bool(body) and b"wait_seconds" not in body and b"\\u" not in body  # by which it could be spelt, too
+        # It cannot wait: the key is not there, nor what else could spell it, an escape or an encoding such as UTF-16.
+        quick = bool(body) and not any(spelt in body for spelt in (b"wait_seconds", b"\\u", b"\0"))
         version = Request(scope).headers.get("mcp-protocol-version", DEFAULT_NEGOTIATED_VERSION)
         older = version in HANDSHAKE_PROTOCOL_VERSIONS
 

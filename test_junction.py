@@ -1214,17 +1214,20 @@ both_eras = pytest.mark.parametrize("era", ERAS)
 pairs_of_eras = pytest.mark.parametrize(("era", "other_era"), [(a, b) for a in ERAS for b in ERAS])
 
 
+TOOLS = {
+    "register": ["repo", "task", "role", "session_id"],
+    "list_peers": ["session_id", "role", "wait_seconds"],
+    "send_message": ["session_id", "target_alias", "message"],
+    "read_messages": ["session_id", "wait_seconds", "again"],
+    "known_hosts": [],
+    "disconnect": ["session_id"],
+}
+
+
 @both_eras
 async def test_the_six_tools_are_there_with_their_arguments(client: Client[Any], era: str) -> None:
     arguments = {tool.name: list(tool.input_schema.get("properties", {})) for tool in await client.list_tools()}
-    assert arguments == {
-        "register": ["repo", "task", "role", "session_id"],
-        "list_peers": ["session_id", "role", "wait_seconds"],
-        "send_message": ["session_id", "target_alias", "message"],
-        "read_messages": ["session_id", "wait_seconds", "again"],
-        "known_hosts": [],
-        "disconnect": ["session_id"],
-    }
+    assert arguments == TOOLS
 
 
 @both_eras
@@ -1398,11 +1401,12 @@ def test_a_call_whose_client_goes_before_it_has_sent_all_of_it_is_not_carried_ou
         raw(server, era, "disconnect", session_id=peer["session_id"])
 
 
-@both_eras
-def test_a_call_that_waits_is_known_however_that_is_spelt(server: Server, era: str) -> None:
+@pytest.mark.parametrize(("era", "encoding"), [(LEGACY, "utf-8"), (MODERN, "utf-8"), (MODERN, "utf-16")])
+def test_a_call_that_waits_is_known_however_that_is_spelt(server: Server, era: str, encoding: str) -> None:
     ann, bob = raw(server, era, "register"), raw(server, era, "register")
     head, body = http_call(era, "read_messages", {"session_id": bob["session_id"], "wait_seconds": 60}).split(b"{", 1)
-    body = b"{" + body.replace(b"wait_seconds", b"wait\\u005fseconds")
+    body = b"{" + (body.replace(b"wait_seconds", b"wait\\u005fseconds") if encoding == "utf-8" else body)
+    body = body.decode().encode(encoding)
     head = re.sub(rb"content-length: \d+", b"content-length: %d" % len(body), head)
     talk = socket.create_connection(("127.0.0.1", server.port), timeout=10)
     talk.sendall(head + body)
@@ -2188,14 +2192,6 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
     max_leaves=5,
 )
-TOOLS = {
-    "register": ["repo", "task", "role", "session_id"],
-    "list_peers": ["session_id", "role", "wait_seconds"],
-    "send_message": ["session_id", "target_alias", "message"],
-    "read_messages": ["session_id", "wait_seconds", "again"],
-    "known_hosts": [],
-    "disconnect": ["session_id"],
-}
 
 
 @both_eras
