@@ -1264,10 +1264,13 @@ def test_an_older_client_is_given_a_random_session_id_that_nothing_needs(tuned: 
         assert ask(tuned, "POST", "/mcp", body, headers | more)[0] == 200
 
 
-@pytest.mark.parametrize("id_", [7, "seven"])
-def test_a_cancelled_notification_ends_the_waiting_call_of_its_session(tuned: Server, id_: Any) -> None:
+@pytest.mark.parametrize(("id_", "accept"), [(7, ""), ("seven", ""), (7, "*/*")])  # the last goes the SDK's own way
+def test_a_cancelled_notification_ends_the_waiting_call_of_its_session(tuned: Server, id_: Any, accept: str) -> None:
     ann, bob, session = Agent(tuned), Agent(tuned, LEGACY), session_of(tuned)
-    talk = bob.begin_read(id_, f"mcp-session-id: {session}\r\nconnection: close\r\n")
+    body, headers = rpc(LEGACY, "read_messages", {"session_id": bob.session_id, "wait_seconds": 600}, id_)
+    headers |= {"accept": accept or headers["accept"], "mcp-session-id": session, "connection": "close"}
+    talk = connect(tuned, on_the_wire(body, headers))
+    until(bob.waits)
     assert tell(tuned, "notifications/cancelled", {"requestId": id_}, session)[0] == 202
     assert receive(talk).endswith(b"\r\n0\r\n\r\n")  # a proper end, not a broken stream
     assert not bob.waits()
@@ -2074,7 +2077,7 @@ def test_a_file_is_untouched_when_nothing_came_or_it_cannot_be_written(
     bob.send(ann, "new")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert "No space" in cli("read", "--output", str(file), JUNCTION_SESSION=ann.session_id).line(1)
-    assert (file.read_text(), os.listdir(tmp_path)) == ("old", [".env"])
+    assert file.read_text() == "old"
 
 
 def test_people_read_messages_with_their_control_characters_escaped(cli: Cli, member: Make, server: Server) -> None:
@@ -2099,6 +2102,9 @@ def test_read_from_takes_one_senders_messages_only(cli: Cli, member: Make, serve
     ann.send(me, "one")
     bob.send(me, "two")
     assert cli("read", "--from", bob.alias, "--raw", "--session", me.session_id).out == "two"
+    bob.send(me, "three")
+    answer = json.loads(cli("read", "--from", bob.alias, "--json", "--session", me.session_id).out)
+    assert ([entry["message"] for entry in answer["messages"]], answer["remaining"]) == (["three"], 1)
     assert me.read() == ["one"]
 
 
@@ -2217,6 +2223,8 @@ FAILURES = [
     ("read --wait 1 --raw --json", b"", 2, "--raw"),
     ("read --wait 1 --output /no/such/folder/file", b"", 2, "'/no/such/folder/file'"),
     ("peers --url nonsense", b"", 2, "'nonsense'"),
+    ("peers --url http://[::1", b"", 2, "'http://[::1'"),
+    ("peers --url http://127.0.0.1:abc", b"", 2, "'http://127.0.0.1:abc'"),
     ("peers --ca /no/such/file", b"", 2, "'/no/such/file'"),
     ("nonsense", b"", 2, "nonsense"),
     ("--nonsense", b"", 2, "--nonsense"),
@@ -2238,6 +2246,25 @@ def test_where_no_junction_answers_the_exit_code_is_4(cli: Cli, server: Server, 
     nobody, other = f"http://127.0.0.1:{free_port()}", server.base.replace("http", "https")
     for url in (nobody, other, other_http):
         assert f"{url}: " in cli(*command.split(), at=url).line(4)
+
+
+@pytest.mark.parametrize("answer", ["[]", '{"result": null}', '{"result": {"isError": true}}', "data: x"])
+def test_an_answer_that_is_no_junctions_is_one_line(cli: Cli, answer: str) -> None:
+    head = f"HTTP/1.0 200 OK\r\ncontent-type: {'text/event-stream' if 'data' in answer else 'application/json'}\r\n\r\n"
+
+    def handle(self: Any) -> None:
+        while self.rfile.readline().strip():
+            pass
+        self.wfile.write((head + answer).encode())
+
+    with answering(handle) as port:
+        assert "not a junction" in cli("peers", at=f"http://127.0.0.1:{port}").line(4)
+
+
+def test_a_session_of_blanks_is_none(cli: Cli, server: Server) -> None:
+    before = peers_here(server)
+    assert cli("peers", "--session", " ").code == 0
+    assert peers_here(server) == before
 
 
 def test_a_certificate_that_does_not_fit_is_said(cli: Cli, tls_server: Server, certificate: tuple[str, str]) -> None:
