@@ -819,7 +819,7 @@ class OneExchange:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            async with self.quick.lifespan_context(scope["app"]):  # quick is no server's application
+            async with self.quick.lifespan_context(scope["app"]):  # nobody else starts quick
                 await self.app(scope, receive, send)
         elif "user" in scope and not scope["user"].is_authenticated and scope["path"] != "/health":
             text = "The junction's token is missing or wrong. JUNCTION_TOKEN carries it to the junction's own commands."

@@ -2390,7 +2390,7 @@ def test_the_readme_states_the_limits_as_they_are() -> None:
     assert f"{app.HEAD_BYTES // 1024} KiB of head, {app.BODY_BYTES // 1024} KiB of body" in README
     assert f"{app.REQUEST_SECONDS} to {2 * app.REQUEST_SECONDS} s" in README
     assert f"until {app.AGAIN_SECONDS} seconds after" in README
-    assert f"| {app.WATCHERS} watchers |" in README
+    assert f"; {app.WATCHERS} watchers |" in README
 
 
 def test_the_readmes_lines_to_paste_are_what_the_server_prints(monkeypatch: pytest.MonkeyPatch) -> None:
