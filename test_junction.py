@@ -125,8 +125,9 @@ def in_child(code: str, **variables: str) -> subprocess.Popen[str]:
 
 
 SCAN = """
-import asyncio, junction, signal
-signal.signal(signal.SIGUSR1, lambda *_: None)
+import asyncio, junction, os, signal, time
+signal.signal(signal.SIGUSR1, lambda *_: signal.alarm(20))
+signal.alarm(20)
 clock = 0
 here = junction.Junction(clock=lambda: clock)
 ann, bob, cid, dan = (here.find(here.register("", "", "", "")["session_id"]) for _ in range(4))
@@ -141,9 +142,10 @@ here.leave(bob)
 clock = ann.seen = dan.seen = 1_801
 asyncio.run(here.sweep())
 assert {*here.peers} == {ann.alias, dan.alias}
+here.send(ann, dan.alias, "the last use of a key")
 here.close()
-print(flush=True)
-signal.pause()
+os.write(1, b"\\n")
+time.sleep(20)
 """
 
 
@@ -167,7 +169,7 @@ def test_no_copy_of_a_key_is_left_in_memory_once_its_peer_left_fell_idle_or_the_
         child.send_signal(signal.SIGUSR1)
         assert child.stdout.readline() == "\n"
         assert copies_in_memory(child.pid, keys) == [0, 0, 0]
-        child.send_signal(signal.SIGUSR1)
+        child.kill()
 
 
 def test_each_pair_of_fitting_words_is_an_alias_once(here: Junction, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,6 +366,8 @@ async def test_the_junction_holds_256_mib_and_not_a_byte_more(here: Junction) ->
             here.send(ann, zoe.alias, "x")
         await here.read(bob)  # what was read is kept for again=true, and counts until it is erased
     here.leave(bob)
+    with refused(here, "junction is full"):
+        here.send(zoe, "*", "x" * 32_768)
     here.send(ann, zoe.alias, "x")
 
 
@@ -379,10 +383,11 @@ async def test_a_read_answers_in_as_many_whole_messages_as_fit(shapes: list[tupl
     took, others = 0, len(sent) * filtered
     while messages := (answer := await here.read(bob, sender=ann.alias * filtered))["messages"]:
         assert [message["message"] for message in messages] == sent[took : took + len(messages)]
-        assert (await here.read(bob, again=True))["messages"][-len(messages) :] == messages
+        for given_out in (answer, await here.read(bob, again=True)):
+            assert given_out["messages"][-len(messages) :] == messages
+            assert units(given_out) <= (30_000 if len(given_out["messages"]) > 1 else 48_000)
         took += len(messages)
         assert answer["remaining"] == len(sent) - took + others
-        assert units(answer) <= (30_000 if len(messages) > 1 else 48_000)
         assert took == len(sent) or units(answer) + units(sent[took]) > 29_500
     assert (took, answer["remaining"]) == (len(sent), others)
 
@@ -448,7 +453,8 @@ async def test_list_peers_waits_for_somebody_of_the_role_and_does_not_fall_idle(
     assert not any(task.done() for task in listing)
     bob = join(here, "backend")
     here.register("", "", "tester", session_id)  # takes it on
-    found = [[peer["alias"] for peer in answer["peers"]] for answer in await asyncio.gather(*listing)]
+    await settle()
+    found = [[peer["alias"] for peer in task.result()["peers"]] for task in listing]
     assert found == [[bob.alias], [here.find(session_id).alias]]
 
 
@@ -641,7 +647,7 @@ class Mailboxes(RuleBasedStateMachine):
         for alias in targets:
             self.inboxes[alias].append(Text(sender, text, size // 15_000))
 
-    @precondition(lambda self: len(self.inboxes) < 7)  # so few are swept within the turns for which a read holds back
+    @precondition(lambda self: len(self.inboxes) < 4)  # so few are swept within the turns for which a read holds back
     @rule(target=peers)
     def register(self) -> str:
         got = self.here.register("", "", "", "")
@@ -651,7 +657,7 @@ class Mailboxes(RuleBasedStateMachine):
         assert got["peer_count"] == len(self.inboxes) - 1
         return alias
 
-    @rule(sender=peers, to=peers | st.just("*"), size=st.sampled_from([0, 0, 16_000, 31_000]))
+    @rule(sender=peers, to=peers | st.just("*"), size=st.sampled_from([0, 16_000, 31_000]))
     def send(self, sender: str, to: str, size: int) -> None:
         if sender in self.inboxes:
             self.put(sender, to, size)
@@ -710,7 +716,7 @@ class Mailboxes(RuleBasedStateMachine):
             self.erase(alias, "left")
             self.deliver()
 
-    @rule(seconds=st.sampled_from([1, 59, 61, 900, 1_801]))
+    @rule(seconds=st.sampled_from([1, 30, 60, 60.5, 900, 1_801]))
     def time_passes(self, seconds: float) -> None:
         self.run(asyncio.sleep(seconds))
         self.deliver()
@@ -731,7 +737,7 @@ class Mailboxes(RuleBasedStateMachine):
 
 
 TestMailboxes = Mailboxes.TestCase
-TestMailboxes.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestMailboxes.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 
 
 # --- A real server, and clients of both eras --------------------------------------------------------------------------
