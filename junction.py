@@ -118,7 +118,7 @@ PROGRESS_SECONDS = 15  # between progress reports of a waiting call; Claude Code
 CANCEL_TURNS = 8  # of the event loop, in which a client's reset cancels its call; FastMCP takes up to 4
 AGAIN_SECONDS = 60  # how long, after its reader's next call, a message that was read can be repeated
 WATCHERS, WATCHER_EVENTS = 16, 10_000  # connections to /events, and how many events one of them may be behind
-SNAPSHOT_SECONDS = 5  # between the snapshots in /events
+SNAPSHOT_SECONDS, SNAPSHOT_PEERS = 5, 2_000  # between the snapshots in /events; how many peers one shows
 BODY_BYTES = 256 * 1024  # of an HTTP request's body; 32 KiB of message is 192 KiB where JSON escapes every byte of it
 HEAD_BYTES, REQUEST_BYTES = 64 * 1024, 4 * 1024**2  # of its head, and of all of it, framing and ignored bytes included
 UNFINISHED_BYTES = 64 * 1024**2  # of all requests that are still arriving
@@ -403,9 +403,10 @@ class Junction:
     async def list_peers(self, peer: Peer, role: str = "", seconds: float = 0, report: Report | None = None) -> Peers:
         """The other peers, as many as fit, once there is one or the time is over."""
         check_wait(seconds)
-        wait = Wait(role)
-        self.seekers.add(wait)
-        await self._wait(peer, wait, lambda: any(self._matching(peer, role)), seconds, report)
+        check_label("role", role)
+        if seconds:
+            self.seekers.add(wait := Wait(role))
+            await self._wait(peer, wait, lambda: any(self._matching(peer, role)), seconds, report)
         matching = [*self._matching(peer, role)]
         found = fitting((self._seen_by(peer, other) for other in matching), utf16_units)
         return {"peers": found, "remaining": len(matching) - len(found), "unread": len(peer.inbox)}
@@ -427,8 +428,11 @@ class Junction:
 
     def snapshot(self) -> Event:
         """Everything that may be seen, as the event that a watcher gets first."""
-        peers = [{**self.describe(peer), "unread": len(peer.inbox)} for peer in self.peers.values()]
+        shown = islice(self.peers.values(), SNAPSHOT_PEERS)
+        peers = [{**self.describe(peer), "unread": len(peer.inbox)} for peer in shown]
         facts = {"mode": self.mode, "uptime": self.uptime(), "peers": peers}
+        if len(peers) < len(self.peers):
+            facts["remaining"] = len(self.peers) - len(peers)
         return {"event": "snapshot", "timestamp": self.now(), **facts}
 
     def uptime(self) -> int:
@@ -539,15 +543,18 @@ class Junction:
         began = self.clock()
         peer.waits.add(wait)
         try:
-            while not wait.ended and not ready() and (left := began + seconds - self.clock()) > 0:
-                wait.bell = asyncio.get_running_loop().create_future()
-                rung, _ = await asyncio.wait([wait.bell], timeout=min(PROGRESS_SECONDS, left))
-                if report and not rung and left > PROGRESS_SECONDS:
-                    await report(self.clock() - began, seconds)
+            while True:
                 # A reset that arrives together with the message cancels this call some turns of the event loop later.
                 # It must not have taken anything by then.
                 for _ in range(CANCEL_TURNS):
                     await asyncio.sleep(0)
+                left = began + seconds - self.clock()
+                if wait.ended or ready() or left <= 0:
+                    break
+                wait.bell = asyncio.get_running_loop().create_future()
+                rung, _ = await asyncio.wait([wait.bell], timeout=min(PROGRESS_SECONDS, left))
+                if report and not rung and left > PROGRESS_SECONDS:
+                    await report(self.clock() - began, seconds)
         finally:
             peer.waits.remove(wait)
             self.seekers.discard(wait)
@@ -769,6 +776,8 @@ async def follow() -> AsyncIterator[str]:
     A snapshot tells what no event does (who waits, who is idle). Senders never wait for a watcher: what it has not
     taken is queued, and one that falls too far behind is dropped.
     """
+    if len(junction.listeners) > WATCHERS:  # others were quicker
+        return
     queued: deque[Event] = deque(maxlen=WATCHER_EVENTS + 1)
     junction.listeners.append(queued.append)
     try:
@@ -779,7 +788,9 @@ async def follow() -> AsyncIterator[str]:
             if len(queued) > WATCHER_EVENTS:
                 return
             if queued:
-                text = "".join(f"event: {event['event']}\ndata: {json.dumps(event)}\n\n" for event in queued)
+                text = "".join(
+                    f"event: {event['event']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n" for event in queued
+                )
                 queued.clear()
                 yield text
             if stopped:
@@ -870,11 +881,13 @@ class OneExchange:
     async def serve_waiting(self, call: tuple[bytes, str], scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a call that a client may cancel. It then gets no answer, only a proper end of its stream."""
         last: list[HttpMessage] = []
-        with anyio.CancelScope() as self.waiting[call]:
+        with anyio.CancelScope() as cancellation:
+            self.waiting[call] = cancellation
             try:
                 await self.app(scope, receive, partial(send_noting, last, send))
             finally:
-                self.waiting.pop(call, None)
+                if self.waiting.get(call) is cancellation:  # and not one of a call with the same id
+                    del self.waiting[call]
         if not last:
             kind = [(b"content-type", b"text/event-stream")]
             await send_noting(last, send, {"type": "http.response.start", "status": 200, "headers": kind})
@@ -1020,7 +1033,6 @@ class Server(uvicorn.Server):
         for connection in self.connections():
             if connection.is_arriving():
                 connection.transport.close()
-        logging.disable(logging.CRITICAL)  # uvicorn reports by a traceback what is not done after 2 s
         await super().shutdown(sockets)
 
 
@@ -1111,7 +1123,7 @@ def in_words(event: Event) -> str:
 
 def run(listener: socket.socket, token: str, names: list[str], tls_cert: str, tls_key: str) -> None:
     """Serve until SIGINT or SIGTERM."""
-    logging.disable(logging.WARNING)  # below it, FastMCP and others log arguments, answers and session ids
+    logging.disable(logging.CRITICAL)  # libraries log arguments and session ids; and a full standard error would block
     fastmcp.settings.telemetry_mode = "propagation_only"  # the cheapest: a call takes an eighth less
     mcp.known.update((tool.name, tool) for tool in asyncio.run(mcp.list_tools()))
     # Private: no tool takes an argument from a header (x-mcp-header). Without this answer the SDK looks for one by
@@ -1302,7 +1314,9 @@ def greeting(listener: socket.socket, token: str, made: str, tls: bool) -> Itera
 Url = Annotated[str, option("URL", "The junction.", base_url)]
 Token = Annotated[str, option("TOKEN", "Its bearer token.", bearer_token)]
 Session = Annotated[str, option("SESSION", "Speak as this session_id, not as a new peer.", str.strip)]
-Authority = Annotated[Path | None, option("CA", "PEM file of an authority to trust beside the system's.", exists=True)]
+Authority = Annotated[
+    Path | None, option("CA", "PEM file of an authority to trust beside the system's.", exists=True, dir_okay=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Seconds = Annotated[float, typer.Option(min=0, max=WAIT_SECONDS, help="Seconds to wait for a message.")]
 Call = Callable[..., Any]  # call(tool, **arguments) -> its result
@@ -1422,7 +1436,9 @@ def read(
         fail("--raw, --json and --output exclude each other", 2)
     if not (wait or session):
         fail("without --wait or --session (JUNCTION_SESSION) nothing could ever come", 2)
-    if output and not os.access(output.parent, os.W_OK):
+    if output and not ((output := output.resolve()).is_file() or not output.exists()):
+        fail(f"--output {str(output)!r} is not a regular file", 2)
+    if output and not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
         fail(f"--output {str(output)!r}: its folder is not one that can be written to", 2)
     messages: list[Message] = []
     with as_peer(url, token, session, ca) as (call, me):
@@ -1510,7 +1526,12 @@ def picture(url: str, peers: list[Any], latest: list[str]) -> Group:
     latest = latest[-max(3, height // 3) :]
     rows = max(1, height - len(latest) - 5)
     return Group(
-        Text(f"{url}  {len(peers)} here\n", style="bold", no_wrap=True, overflow="ellipsis"),
+        Text(
+            f"{url}  {len(peers)}{'+' * (len(peers) >= SNAPSHOT_PEERS)} here\n",
+            style="bold",
+            no_wrap=True,
+            overflow="ellipsis",
+        ),
         peer_table(peers[:rows], expand=True),
         Text(f"and {len(peers) - rows} more" if len(peers) > rows else ""),
         Text("\n".join(latest), no_wrap=True, overflow="ellipsis"),
@@ -1574,7 +1595,7 @@ def call_tool(http: httpx2.Client, tool: str, **arguments: Any) -> Any:
     except (LookupError, TypeError, AttributeError, ValueError):
         raise httpx2.DecodingError("what answers there is not a junction") from None
     if refusal:
-        raise Refused(refusal.partition(" Call ")[0])
+        raise Refused(refusal.rsplit(" Call ", 1)[0])
     return found
 
 
@@ -1598,11 +1619,11 @@ def connected(url: str, token: str, ca: Path | None) -> Iterator[httpx2.Client]:
             yield http
     except Refused as error:
         fail(str(error))
-    except httpx2.HTTPError as error:
+    except (httpx2.HTTPError, ImportError, ssl.SSLError) as error:  # ImportError: of a proxy that it does not know
         fail(f"{url}: {why_unreachable(error)}", 4)
 
 
-def why_unreachable(error: httpx2.HTTPError) -> str:
+def why_unreachable(error: Exception) -> str:
     if isinstance(error, httpx2.HTTPStatusError):
         status = error.response.status_code
         return "the token is wrong, or missing: give --token or JUNCTION_TOKEN" if status == 401 else f"HTTP {status}"
@@ -1610,7 +1631,7 @@ def why_unreachable(error: httpx2.HTTPError) -> str:
         hint = "" if "mismatch" in found[1] else ". --ca (JUNCTION_CA) names the authority that signed it"
         return f"its certificate is not trusted: {found[1]}{hint}"
     hint = ". Is it running, and may this shell connect to it?" if isinstance(error, httpx2.ConnectError) else ""
-    return f"no junction answers: {str(error) or type(error).__name__}{hint}"
+    return f"no junction answers: {str(error).rstrip('.') or type(error).__name__}{hint}"
 
 
 def main() -> None:
@@ -1618,9 +1639,13 @@ def main() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # a closed standard stream would be the number of the next socket
     os.close(descriptor)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
         cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")  # some terminals cannot show every character
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) == signal.SIG_DFL:  # and not ignored, as by nohup
+            signal.signal(number, signal.default_int_handler)
     arguments = sys.argv[1:]
     try:
         if arguments in (["-h"], ["--help"]):

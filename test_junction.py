@@ -1239,6 +1239,7 @@ def test_a_read_whose_client_goes_while_a_crowd_is_served_takes_no_mail(tuned: S
     for talk in crowd:
         receive(talk, b'"unread"')
     assert bob.read() == ["hello"]
+    assert not select.select([tuned.process.stderr], [], [], 0)[0]  # lines about it would fill whatever that leads to
 
 
 @both_eras
@@ -2228,6 +2229,7 @@ FAILURES = [
     ("read --wait 4000", b"", 2, "--wait"),
     ("read --wait 1 --raw --json", b"", 2, "--raw"),
     ("read --wait 1 --output /no/such/folder/file", b"", 2, "'/no/such/folder/file'"),
+    ("read --wait 1 --output /dev/null", b"", 2, "'/dev/null'"),
     ("peers --url nonsense", b"", 2, "'nonsense'"),
     ("peers --url http://[::1", b"", 2, "'http://[::1'"),
     ("peers --url http://127.0.0.1:abc", b"", 2, "'http://127.0.0.1:abc'"),
