@@ -1239,7 +1239,8 @@ def test_a_read_whose_client_goes_while_a_crowd_is_served_takes_no_mail(tuned: S
     for talk in crowd:
         receive(talk, b'"unread"')
     assert bob.read() == ["hello"]
-    assert not select.select([tuned.process.stderr], [], [], 0)[0]  # lines about it would fill whatever that leads to
+    assert (stderr := tuned.process.stderr)
+    assert not select.select([stderr], [], [], 0)[0]  # lines about it would fill whatever that leads to
 
 
 @both_eras
