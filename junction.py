@@ -855,7 +855,9 @@ class OneExchange:
         if older and method == "initialize":
             send = partial(send_session_id, send)
         if older and method == "notifications/cancelled" and isinstance(params, dict):
-            self.cancel(call[0], repr(params.get("requestId")))
+            named = self.waiting.get((call[0], repr(params.get("requestId"))))
+            if named and call[0]:  # without a session a number is anybody's
+                named.cancel()
         if scope["path"] != "/mcp" or method != "tools/call" or not isinstance(params, dict):
             await self.app(scope, receive, send)
             return
@@ -872,11 +874,6 @@ class OneExchange:
         if reads and scope["extensions"]["connection"]["is_closing"]():
             return  # nobody would get what it takes
         await (self.serve_waiting(call, scope, receive, send) if waits else self.quick(scope, receive, send))
-
-    def cancel(self, session: bytes, number: str) -> None:
-        """End the call that a notifications/cancelled names, if it is of the same session."""
-        if session and (call := self.waiting.get((session, number))):
-            call.cancel()
 
     async def serve_waiting(self, call: tuple[bytes, str], scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a call that a client may cancel. It then gets no answer, only a proper end of its stream."""
@@ -1436,10 +1433,10 @@ def read(
         fail("--raw, --json and --output exclude each other", 2)
     if not (wait or session):
         fail("without --wait or --session (JUNCTION_SESSION) nothing could ever come", 2)
-    if output and not ((output := output.resolve()).is_file() or not output.exists()):
-        fail(f"--output {str(output)!r} is not a regular file", 2)
-    if output and not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
-        fail(f"--output {str(output)!r}: its folder is not one that can be written to", 2)
+    if output:
+        output = output.resolve()
+        if (output.exists() and not output.is_file()) or not os.access(output.parent / ".", os.W_OK):
+            fail(f"--output {str(output)!r} is not a regular file, or its folder cannot be written to", 2)
     messages: list[Message] = []
     with as_peer(url, token, session, ca) as (call, me):
         try:
@@ -1496,12 +1493,9 @@ def countdown(alias: str, seconds: float) -> Iterator[None]:
     if seconds:
         print(f"waiting as {alias}, up to {seconds:g} s", file=sys.stderr, flush=True)
     end, console = time.monotonic() + seconds, Console(stderr=True)
-
-    def left() -> Text:
-        return Text(f"{max(0, end - time.monotonic()):.0f} s left")
-
-    shown = seconds and console.is_terminal
-    with Live(get_renderable=left, console=console, refresh_per_second=2, transient=True) if shown else nullcontext():
+    left = partial(lambda: Text(f"{max(0, end - time.monotonic()):.0f} s left"))
+    live = Live(get_renderable=left, console=console, refresh_per_second=2, transient=True)
+    with live if seconds and console.is_terminal else nullcontext():
         yield
 
 
@@ -1565,18 +1559,14 @@ def as_peer(url: str, token: str, session: str, ca: Path | None) -> Iterator[tup
         role = "" if session else SHELL
         joining = other.submit(call_tool, http, "register", session_id=session, role=role)
         try:
-            if session and isinstance(error := joining.exception(), Refused):
-                raise Refused(f"--session (JUNCTION_SESSION): {error}")
+            if session and isinstance(error := joining.exception(), ToolError):
+                raise ToolError(f"--session (JUNCTION_SESSION): {error}")
             me = joining.result()
             yield partial(call_tool, http, session_id=me["session_id"]), me["alias"]
         finally:
             if not session and not joining.exception():
-                with suppress(Refused, httpx2.HTTPError):  # a junction that has gone has forgotten this peer, too
+                with suppress(ToolError, httpx2.HTTPError):  # a junction that has gone has forgotten this peer, too
                     other.submit(call_tool, http, "disconnect", session_id=joining.result()["session_id"]).result()
-
-
-class Refused(Exception):  # noqa: N818
-    """The junction refused a call. Its text is for people, and names no tool."""
 
 
 def call_tool(http: httpx2.Client, tool: str, **arguments: Any) -> Any:
@@ -1595,7 +1585,7 @@ def call_tool(http: httpx2.Client, tool: str, **arguments: Any) -> Any:
     except (LookupError, TypeError, AttributeError, ValueError):
         raise httpx2.DecodingError("what answers there is not a junction") from None
     if refusal:
-        raise Refused(refusal.rsplit(" Call ", 1)[0])
+        raise ToolError(refusal.rsplit(" Call ", 1)[0])
     return found
 
 
@@ -1617,7 +1607,7 @@ def connected(url: str, token: str, ca: Path | None) -> Iterator[httpx2.Client]:
             base_url=url, headers=headers, verify=trust, trust_env=host != "localhost", timeout=timeout
         ) as http:
             yield http
-    except Refused as error:
+    except ToolError as error:
         fail(str(error))
     except (httpx2.HTTPError, ImportError, ssl.SSLError) as error:  # ImportError: of a proxy that it does not know
         fail(f"{url}: {why_unreachable(error)}", 4)
