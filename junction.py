@@ -1489,11 +1489,14 @@ def save(path: Path, text: str) -> None:
 
 @contextmanager
 def countdown(alias: str, seconds: float) -> Iterator[None]:
-    """Say on standard error who waits, and on a terminal for how long yet."""
+    """Say on standard error who waits, and on a terminal for how much longer."""
     if seconds:
         print(f"waiting as {alias}, up to {seconds:g} s", file=sys.stderr, flush=True)
     end, console = time.monotonic() + seconds, Console(stderr=True)
-    left = partial(lambda: Text(f"{max(0, end - time.monotonic()):.0f} s left"))
+
+    def left() -> Text:
+        return Text(f"{max(0, end - time.monotonic()):.0f} s left")
+
     live = Live(get_renderable=left, console=console, refresh_per_second=2, transient=True)
     with live if seconds and console.is_terminal else nullcontext():
         yield
@@ -1627,7 +1630,7 @@ def why_unreachable(error: Exception) -> str:
 def main() -> None:
     """Run the command line. Every error is one line on standard error, with its exit code."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass  # a closed standard stream would be the number of the next socket
+        pass  # otherwise the next socket would get the number of a closed standard stream
     os.close(descriptor)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
