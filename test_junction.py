@@ -2411,20 +2411,31 @@ def test_the_readmes_lines_to_paste_are_what_the_server_prints(monkeypatch: pyte
     assert re.findall(r'`(\{"mcpServers".*?)`', README) == re.findall(r'\{"mcpServers".*', greeting)
 
 
-def test_the_readmes_picture_of_watch_is_what_watch_draws() -> None:
+def test_the_readmes_picture_of_watch_is_what_watch_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "12")
     (shown,) = re.findall(r"```\n(http://127\.0\.0\.1:4200  .*?)```", README, re.DOTALL)
     labels = [
-        ("fair-fraud", "frontend", "web-shop", "checkout page", 0, True, 0),
-        ("upbeat-linkage", "backend", "shop-api", "receipts to S3, then the retry queue", 4, False, 2),
-        ("boring-pink", "ops", "infra", "", 3, False, 0),
-        ("jagged-skean", "review", "日本語のリポジトリ", "説明の長い仕事です、とても長い", 4, False, 1),
+        ("brief-pan", "frontend", "web-shop", "checkout page", 0, True, 0),
+        ("versed-goal", "backend", "shop-api", "receipts to S3, then the retry queue", 4, False, 2),
+        ("flaky-bladder", "ops", "infra", "", 3, False, 0),
+        ("smiling-scotch", "review", "日本語のリポジトリ", "説明の長い仕事です、とても長い", 4, False, 1),
     ]
     keys = ("alias", "role", "repo", "task", "idle_seconds", "waiting", "unread")
-    latest = shown.strip().splitlines()[-3:]
+    latest = shown.strip().splitlines()[-4:]
     console = Console(width=80, file=io.StringIO())
     console.print(app.picture("http://127.0.0.1:4200", [dict(zip(keys, peer, strict=True)) for peer in labels], latest))
     drawn = console.file.getvalue()  # type: ignore[attr-defined]
     assert [line.rstrip() for line in drawn.splitlines()] == shown.splitlines()
+
+
+@pytest.mark.parametrize("width", [30, 50, 80])
+def test_a_table_of_any_width_keeps_aliases_whole(width: int) -> None:
+    labels = dict.fromkeys(("role", "repo", "task"), "label " * 30)
+    peer = {"alias": "crimson-falcons", **labels, "idle_seconds": 4, "waiting": True, "unread": 2}
+    console = Console(width=width, file=io.StringIO())
+    console.print(app.peer_table([peer], expand=True))
+    assert "crimson-falcons" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_tools_texts_for_models_mark_messages_as_information_not_instructions() -> None:
