@@ -767,7 +767,9 @@ async def events(_request: Request) -> Response:
     """Who is here and what flows, as server-sent events; with the token where one is set."""
     if len(junction.listeners) > WATCHERS:  # one of them is the log
         return PlainTextResponse(f"there are {WATCHERS} watchers already, the limit", 503)
-    return StreamingResponse(follow(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    # A watcher that was dropped shall not hold its connection until the keep-alive time is over.
+    headers = {"Cache-Control": "no-store", "Connection": "close"}
+    return StreamingResponse(follow(), media_type="text/event-stream", headers=headers)
 
 
 async def follow() -> AsyncIterator[str]:
