@@ -52,9 +52,9 @@ from datetime import datetime, timedelta, timezone
 from functools import partial
 from importlib.metadata import distribution
 from io import TextIOWrapper
-from itertools import count, islice, takewhile
+from itertools import accumulate, count, islice, takewhile
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn, TypeVar, cast
+from typing import Annotated, Any, ClassVar, NoReturn, cast
 
 # FastMCP reads FASTMCP_ variables and a .env in the working directory while it is imported. They could turn its guards
 # off, or its logging of arguments on. OpenTelemetry reads OTEL_ variables, and a bad one stops the import.
@@ -77,8 +77,7 @@ from fastmcp.server.dependencies import get_context
 from fastmcp.tools import Tool, ToolResult
 from mcp.server.transport_security import RequestBodyLimitMiddleware
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS, LATEST_MODERN_VERSION
-from nacl._sodium import ffi  # PyNaCl has no public name for sodium_memzero: hence its bound in pyproject.toml
-from nacl._sodium import lib as sodium
+from nacl._sodium import ffi, lib as sodium  # private: PyNaCl has no other name for sodium_memzero, hence its bound
 from pydantic import ValidationError as PydanticError
 from rich.console import Console, Group
 from rich.live import Live
@@ -89,15 +88,13 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import Message as HttpMessage
+from starlette.types import ASGIApp, Message as HttpMessage, Receive, Scope, Send
 from typing_extensions import TypedDict
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 gc.freeze()  # what they made stays: looking through it when the process ends takes another 0.3 s
 gc.enable()
 __version__ = "0.2.0"
-T = TypeVar("T")
 Event = dict[str, Any]  # something that happened; never has a text or a session_id in it
 
 # --- Limits and defaults ----------------------------------------------------------------------------------------------
@@ -284,16 +281,9 @@ def utf16_units(value: object) -> int:
     return 2 + len(json.dumps(value, ensure_ascii=False).encode("utf-16-le")) // 2
 
 
-def fitting(items: Iterable[T], units: Callable[[T], int]) -> list[T]:
-    """As many of the first items as make an answer; the first one always, however large."""
-    found: list[T] = []
-    room = ANSWER_UNITS
-    for item in items:
-        room -= units(item)
-        if found and room < 0:
-            break
-        found.append(item)
-    return found
+def fitting(units: Iterable[int]) -> int:
+    """How many of the first items make an answer, by what each takes of it; at least one, however large."""
+    return max(1, len([*takewhile(lambda total: total <= ANSWER_UNITS, accumulate(units))]))
 
 
 def check_label(name: str, value: str) -> None:
@@ -305,9 +295,7 @@ def check_label(name: str, value: str) -> None:
 
 def check_wait(seconds: float) -> None:
     if not 0 <= seconds <= WAIT_SECONDS:  # NaN fails it too
-        raise ToolError(
-            f"wait_seconds is {seconds:g}; it must be from 0 to {WAIT_SECONDS}. Call again with such a value."
-        )
+        raise ToolError(f"wait_seconds is {seconds:g}; it must be from 0 to {WAIT_SECONDS}. Call again with less.")
 
 
 def check_text(text: str) -> int:
@@ -315,9 +303,7 @@ def check_text(text: str) -> int:
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:
-        raise ToolError(
-            f"message has a lone surrogate at {error.start}: it is not Unicode text. Send base64."
-        ) from None
+        raise ToolError(f"message has a lone surrogate at {error.start}, so it is not text. Send base64.") from None
     if not size:
         raise ToolError("message is empty. Call send_message again with some text.")
     if size > MESSAGE_BYTES:
@@ -357,9 +343,7 @@ class Junction:
         """The peer of a session_id, noted as active. Raises ToolError for one that is unknown or expired."""
         peer = self.sessions.get(sha256(session_id))
         if peer is None:
-            raise ToolError(
-                "This session_id is unknown or expired: its inbox has been erased. Call register for a new one."
-            )
+            raise ToolError("This session_id is unknown or expired, and its inbox erased. Call register for a new one.")
         peer.seen = self.clock()
         for sealed in takewhile(lambda sealed: sealed.until == math.inf, reversed(peer.handed)):
             sealed.until = peer.seen + AGAIN_SECONDS
@@ -367,14 +351,12 @@ class Junction:
 
     def register(self, repo: str, task: str, role: str, session_id: str) -> Registered:
         """Add a peer, or resume that of a session_id. Labels that are not empty replace what it had."""
-        labels = {"repo": repo, "task": task, "role": role}
-        for name, value in labels.items():
+        for name, value in (("repo", repo), ("task", task), ("role", role)):
             check_label(name, value)
         resumed = self.find(session_id) if session_id else None
         session_id = session_id or secrets.token_hex(16)  # 128 random bits
         peer = resumed or self._join(sha256(session_id))
-        for name, value in labels.items():
-            setattr(peer, name, value or getattr(peer, name))
+        peer.repo, peer.task, peer.role = repo or peer.repo, task or peer.task, role or peer.role
         if not resumed:
             self._tell("peer_joined", **self.describe(peer))
         for wait in self.seekers:
@@ -407,7 +389,8 @@ class Junction:
             self.seekers.add(wait := Wait(role))
             await self._wait(peer, wait, lambda: any(self._matching(peer, role)), seconds)
         matching = [*self._matching(peer, role)]
-        found = fitting((self._seen_by(peer, other) for other in matching), utf16_units)
+        shown = matching[: fitting(utf16_units(self._seen_by(peer, other)) for other in matching)]
+        found = [self._seen_by(peer, other) for other in shown]
         return {"peers": found, "remaining": len(matching) - len(found), "unread": len(peer.inbox)}
 
     def describe(self, peer: Peer) -> dict[str, Any]:
@@ -518,7 +501,7 @@ class Junction:
             await self._wait(peer, peer.reader, lambda: mail() or hopeless(), seconds)
             if hopeless():
                 raise self._nobody(sender)
-        batch = fitting(mail(), lambda sealed: sealed.units)
+        batch = mail()[: fitting(sealed.units for sealed in mail())]
         for sealed in batch:
             peer.inbox.remove(sealed)
         self._keep(peer, batch)
@@ -757,9 +740,8 @@ async def events(_request: Request) -> Response:
     """Who is here and what flows, as server-sent events; with the token where one is set."""
     if len(junction.listeners) > WATCHERS:  # one of them is the log
         return PlainTextResponse(f"there are {WATCHERS} watchers already, the limit", 503)
-    # A watcher that was dropped shall not hold its connection until the keep-alive time is over.
-    headers = {"Cache-Control": "no-store", "Connection": "close"}
-    return StreamingResponse(follow(), media_type="text/event-stream", headers=headers)
+    # Without `close`, a watcher that was dropped would hold its connection until the keep-alive time is over.
+    return StreamingResponse(follow(), media_type="text/event-stream", headers={"Connection": "close"})
 
 
 async def follow() -> AsyncIterator[str]:
@@ -779,12 +761,9 @@ async def follow() -> AsyncIterator[str]:
                 queued.append(junction.snapshot())
             if len(queued) > WATCHER_EVENTS:
                 return
-            if queued:
-                text = "".join(
-                    f"event: {event['event']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n" for event in queued
-                )
-                queued.clear()
-                yield text
+            told = [f"event: {event['event']}\ndata: {json.dumps(event)}\n\n" for event in queued]
+            queued.clear()
+            yield "".join(told)
             if stopped:
                 return
             await asyncio.sleep(0.1)
@@ -857,19 +836,18 @@ class OneExchange:
 
     async def serve_waiting(self, call: tuple[bytes, str], scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a call that a client may cancel. It then gets no answer, only a proper end of its stream."""
-        last: list[HttpMessage] = []
         with anyio.CancelScope() as cancellation:
             self.waiting[call] = cancellation
             try:
-                await self.app(scope, receive, partial(send_noting, last, send))
+                await self.app(scope, receive, send)
             finally:
                 if self.waiting.get(call) is cancellation:  # and not one of a call with the same id
                     del self.waiting[call]
-        if not last:
-            kind = [(b"content-type", b"text/event-stream")]
-            await send_noting(last, send, {"type": "http.response.start", "status": 200, "headers": kind})
-        if last[0].get("more_body", last[0]["type"] == "http.response.start"):  # the stream is still open
-            await send({"type": "http.response.body"})
+        if cancellation.cancel_called:
+            start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+            for message in (start, {"type": "http.response.body"}):
+                with suppress(RuntimeError):  # uvicorn's, where the stream has been started, or ended, already
+                    await send(message)
 
 
 def parsed(body: bytes) -> dict[str, Any]:
@@ -911,11 +889,9 @@ def to_modern(scope: Scope, message: dict[str, Any]) -> tuple[Scope, bytes]:
     """An older client's tool call as a request of 2026-07-28: its ASGI scope and body."""
     params = message["params"]
     routing, meta = modern_call(params["name"], "older")
-    if "progressToken" in params.get("_meta", {}):
-        meta["progressToken"] = params["_meta"]["progressToken"]
     added = {name.encode(): value.encode() for name, value in routing.items()}
     kept = [(name, value) for name, value in scope["headers"] if name not in added]
-    body = pydantic_core.to_json({**message, "params": {**params, "_meta": meta}})
+    body = pydantic_core.to_json({**message, "params": {**params, "_meta": {**params.get("_meta", {}), **meta}}})
     return {**scope, "headers": [*kept, *added.items()]}, body
 
 
@@ -928,12 +904,6 @@ async def send_session_id(send: Send, message: HttpMessage) -> None:
     """Send with an Mcp-Session-Id: random and never checked, it tells whose call a client cancels."""
     if message["type"] == "http.response.start" and message["status"] == 200:
         message["headers"] = [*message["headers"], (b"mcp-session-id", secrets.token_hex(16).encode())]
-    await send(message)
-
-
-async def send_noting(last: list[HttpMessage], send: Send, message: HttpMessage) -> None:
-    """Send, and note what was sent last."""
-    last[:] = [message]
     await send(message)
 
 
@@ -1056,10 +1026,9 @@ def harden() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-        if 0 <= soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE, <linux/prctl.h>
@@ -1147,16 +1116,13 @@ def option(variable: str, text: str, parse: Callable[[Any], Any] | None = None, 
     return typer.Option(envvar=f"JUNCTION_{variable}", help=text, parser=parse, metavar=metavar, **more)
 
 
-def integer(limit: int) -> Callable[[Any], int]:
-    def parse(value: Any) -> int:
-        if not re.fullmatch("[0-9]{1,12}", str(value)) or not 1 <= int(value) <= limit:
-            raise typer.BadParameter(f"{str(value)!r} is not a whole number from 1 to {limit}")
-        return int(value)
-
-    return parse
+def integer(value: Any, limit: int) -> int:
+    if not re.fullmatch("[0-9]{1,12}", str(value)) or not 1 <= int(value) <= limit:
+        raise typer.BadParameter(f"{str(value)!r} is not a whole number from 1 to {limit}")
+    return int(value)
 
 
-ms = integer(YEAR_MS)
+port_number, milliseconds = partial(integer, limit=65_535), partial(integer, limit=YEAR_MS)
 
 
 def host_names(value: str) -> list[str]:
@@ -1183,7 +1149,7 @@ def host_list(value: str) -> list[Host]:
             raise typer.BadParameter(f"{entry!r} is not {forms}") from None
         if name in hosts:
             raise typer.BadParameter(f"{name!r} is listed twice")
-        base = f"{scheme or 'http'}://{host}:{integer(65_535)(port or DEFAULT_PORT)}"
+        base = f"{scheme or 'http'}://{host}:{port_number(port or DEFAULT_PORT)}"
         hosts[name] = {"name": name, "mcp_url": f"{base}/mcp", "health_url": f"{base}/health"}
     if utf16_units([*hosts.values()]) > ANSWER_UNITS:
         raise typer.BadParameter(f"{len(hosts)} hosts are more than one answer holds")
@@ -1217,9 +1183,9 @@ def about(version: Annotated[bool, typer.Option("--version", help="Show the vers
 @app.command()
 def serve(
     host: Annotated[str, option("HOST", "Address to bind; anything but loopback is LAN mode.")] = "127.0.0.1",
-    port: Annotated[int, option("PORT", "HTTP port.", integer(65_535))] = DEFAULT_PORT,
-    session_timeout_ms: Annotated[int, option("SESSION_TIMEOUT_MS", "How long a peer may be idle.", ms)] = 1_800_000,
-    sweep_interval_ms: Annotated[int, option("SWEEP_INTERVAL_MS", "How often to check that.", ms)] = 60_000,
+    port: Annotated[int, option("PORT", "HTTP port.", port_number)] = DEFAULT_PORT,
+    session_timeout_ms: Annotated[int, option("SESSION_TIMEOUT_MS", "Idle time allowed.", milliseconds)] = 1_800_000,
+    sweep_interval_ms: Annotated[int, option("SWEEP_INTERVAL_MS", "How often to check it.", milliseconds)] = 60_000,
     known_hosts: Annotated[Any, option("KNOWN_HOSTS", "Other junctions: name=ip[:port],...", host_list)] = "",
     token: Annotated[str, option("TOKEN", "Bearer token that MCP requests must carry.", bearer_token)] = "",
     allowed_hosts: Annotated[Any, option("ALLOWED_HOSTS", "Further names to be reached by.", host_names)] = "",
@@ -1376,8 +1342,6 @@ def send(
 
 def message_text(message: str | None) -> str:
     """The text to send, from the argument or standard input."""
-    if message is None and not sys.stdin:
-        fail("there is neither a message nor a standard input to take it from", 2)
     if message is None and sys.stdin.isatty():
         print("Type the message, then Ctrl-D (on Windows Ctrl-Z, Return) on a line of its own.", file=sys.stderr)
     data = sys.stdin.buffer.read(MESSAGE_BYTES + 1) if message is None else os.fsencode(message)
@@ -1593,8 +1557,9 @@ def main() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # otherwise the next socket would get the number of a closed standard stream
     os.close(descriptor)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")  # some terminals cannot show every character
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
