@@ -196,19 +196,8 @@ def test_each_pair_of_fitting_words_is_an_alias_once(here: Junction, monkeypatch
 def test_the_word_lists_hold_no_slur_that_is_not_blocked_and_no_word_is_blocked_for_nothing() -> None:
     candidates = {*app.words("adjective"), *app.words("noun")}
     left = candidates - {*app.BLOCKED_WORDS, *app.words("profanity")}
-    assert not left & {
-        "rape",
-        "racial",
-        "racist",
-        "slave",
-        "spade",
-        "nappy",
-        "uppity",
-        "savage",
-        "dwarf",
-        "nymph",
-        "pimp",
-    }
+    slurs = "rape|racial|racist|slave|spade|nappy|uppity|savage|dwarf|nymph|pimp"
+    assert not [word for word in left if re.fullmatch(slurs, word)]
     assert not any(map(wonderwords.is_profanity, left))
     assert candidates.issuperset(app.BLOCKED_WORDS)
     assert len(left) > 4_000
