@@ -38,6 +38,7 @@ from typing import IO, Any, NamedTuple
 
 import pytest
 import typer.main
+import uvicorn
 import wonderwords
 from cryptography import x509
 from cryptography.exceptions import InvalidTag
@@ -739,109 +740,103 @@ TestMailboxes.settings = settings(max_examples=300, stateful_step_count=40, dead
 
 # --- A real server, and clients of both eras --------------------------------------------------------------------------
 
+HERE = str(Path(__file__).parent)
+README = (Path(HERE) / "README.md").read_text("utf-8")
+TOKEN = "sixteen-letters!"
+both_eras = pytest.mark.parametrize("era", ERAS)
+pairs_of_eras = pytest.mark.parametrize(("era", "other_era"), [(a, b) for a in ERAS for b in ERAS])
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within 10 s"
+        time.sleep(0.01)
+
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def environment(**variables: str) -> dict[str, str]:
+    cleared = ("JUNCTION_", "FASTMCP_", "OTEL_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(cleared)}
+    return {**kept, "PYTHONWARNINGS": "error::ResourceWarning", "COLUMNS": "80", **variables}
+
+
+def written(file: IO[bytes]) -> str:
+    """What a process has written to a file so far. (A seek would move the place that it writes at.)"""
+    return os.pread(file.fileno(), 1_000_000, 0).decode()
 
 
 @dataclass
 class Server:
     """A junction in a process of its own."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     port: int
-    tls: bool
-    output: IO[str]
-
-    @property
-    def base(self) -> str:
-        return f"http{'s' * self.tls}://127.0.0.1:{self.port}"
+    base: str
+    output: IO[bytes]
+    errors: IO[bytes]
 
     @property
     def url(self) -> str:
         return f"{self.base}/mcp"
 
     def said(self) -> str:
-        """What it has printed so far: the greeting, then its log. (A seek would move the place that it writes at.)"""
-        return os.pread(self.output.fileno(), 1_000_000, 0).decode()
+        """The greeting, then its log."""
+        return written(self.output)
 
-    def stop(self, how: signal.Signals = signal.SIGTERM, within: float = 3) -> int:
+    def stops_in_silence(self, how: signal.Signals = signal.SIGTERM) -> bool:
+        """Whether a signal ends it within 3 s, with code 0 and without a word on standard error."""
         self.process.send_signal(how)
-        return self.process.wait(within)
-
-
-def environment(**variables: str) -> dict[str, str]:
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("JUNCTION_", "FASTMCP_", "OTEL_"))
-    }
-    return {**kept, "PYTHONWARNINGS": "error::ResourceWarning", "COLUMNS": "80", **variables}
-
-
-JUNCTION = [sys.executable, "-m", "junction"]
-HERE = str(Path(__file__).parent)
+        return (self.process.wait(3), written(self.errors)) == (0, "")
 
 
 @contextlib.contextmanager
-def running(*options: str, port: int = 0, stdout: Any = None, script: str = "", **variables: str) -> Iterator[Server]:
-    """A server with these options and variables, up and answering; ended at the end if it is not by then."""
+def running(*options: str, port: int = 0, code: str = "", where: str = "", **variables: str) -> Iterator[Server]:
+    """A server, up and answering, ended at the end. `code` runs before it; `where` leads its streams, as in a shell."""
     port = port or free_port()
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            [*([sys.executable, script] if script else JUNCTION), "--port", str(port), *options],
-            env=environment(**{"PYTHONPATH": HERE, **variables}),
-            stdin=subprocess.DEVNULL,
-            stdout=stdout or output,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        server = Server(process, port, "--tls-cert" in options, output)
+    command = [sys.executable, "-c", f"{code}\nimport junction; junction.main()", *options]
+    shell = ["sh", "-c", f'exec "$@" {where}', "sh"] if where else []
+    env = environment(**{"PYTHONPATH": HERE, "JUNCTION_PORT": str(port), **variables})
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen([*shell, *command], env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
+        base = f"http{'s' * ('--tls-cert' in options)}://127.0.0.1:{port}"
         try:
-            wait_for_health(server)
-            yield server
+            until(lambda: process.poll() is not None or app.is_junction("127.0.0.1", port))
+            assert process.poll() is None, written(errors)
+            yield Server(process, port, base, output, errors)
         finally:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
+            process.kill()
+            process.wait()
 
 
-def wait_for_health(server: Server) -> None:
-    for _ in range(200):
-        assert server.process.poll() is None, server.process.stderr and server.process.stderr.read()
-        with contextlib.suppress(OSError):
-            get(server, "/health")
-            return
-        time.sleep(0.05)
-    raise AssertionError("the server did not come up")
+def served(*options: str, **settings: Any) -> Any:
+    """A fixture: one such server for all tests."""
+
+    @pytest.fixture(scope="session")
+    def started() -> Iterator[Server]:
+        with running(*options, **settings) as there:
+            yield there
+
+    return started
 
 
-def connection(server: Server) -> http.client.HTTPConnection:
-    if server.tls:
-        anyone = ssl.create_default_context()
-        anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
-        return http.client.HTTPSConnection("127.0.0.1", server.port, timeout=30, context=anyone)
-    return http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-
-
-def get(server: Server, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    return ask(server, "GET", path, None, headers)
-
-
-def ask(
-    server: Server, method: str, path: str, body: bytes | None, headers: dict[str, str]
-) -> tuple[int, dict[str, str], bytes]:
-    with contextlib.closing(connection(server)) as talk:
-        talk.request(method, path, body, headers)
+def ask(server: Server, path: str, body: Any = None, headers: Any = None, method: str = "") -> tuple[int, Any, bytes]:
+    """A request by hand: no client library has a say in it. Returns status, headers and body of the answer."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as talk:
+        talk.request(method or ("POST" if body else "GET"), path, body, headers or {})
         answer = talk.getresponse()
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+        return answer.status, answer.headers, answer.read()
 
 
 def rpc(era: str, tool: str, arguments: dict[str, Any], id_: Any = 1) -> tuple[bytes, dict[str, str]]:
-    """A tools/call as an HTTP body and headers, written out by hand: no client library has a say in it."""
+    """The body and headers of a tools/call."""
     params: dict[str, Any] = {"name": tool, "arguments": arguments}
     headers = {"content-type": "application/json", "accept": "application/json, text/event-stream"}
+    headers["mcp-protocol-version"] = "2025-06-18"
     if era == MODERN:
         params["_meta"] = {
             "io.modelcontextprotocol/protocolVersion": MODERN,
@@ -849,50 +844,22 @@ def rpc(era: str, tool: str, arguments: dict[str, Any], id_: Any = 1) -> tuple[b
             "io.modelcontextprotocol/clientCapabilities": {},
         }
         headers |= {"mcp-protocol-version": MODERN, "mcp-method": "tools/call", "mcp-name": tool}
-    else:
-        headers |= {"mcp-protocol-version": "2025-06-18"}
     body = {"jsonrpc": "2.0", "id": id_, "method": "tools/call", "params": params}
     return json.dumps(body).encode(), headers
 
 
 def answer_of(text: bytes) -> Any:
     """The JSON-RPC answer in a body, plain or as the last event of a stream."""
-    if text.startswith(b"{"):
-        return json.loads(text)
-    return json.loads([line[5:] for line in text.splitlines() if line.startswith(b"data:") and line[5:].strip()][-1])
+    return json.loads([text, *re.findall(rb"^data: *(\S.*)", text, re.MULTILINE)][-1])
 
 
 def raw(server: Server, era: str, tool: str, **arguments: Any) -> Any:
     """A tool's structured result by raw HTTP; AssertionError with the text of a tool error."""
-    body, headers = rpc(era, tool, arguments)
-    status, _, text = ask(server, "POST", "/mcp", body, headers)
+    status, _, text = ask(server, "/mcp", *rpc(era, tool, arguments))
     assert status == 200, text
     result = answer_of(text)["result"]
     assert not result.get("isError"), result["content"][0]["text"]
     return result["structuredContent"]
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    with running() as started:
-        yield started
-
-
-@pytest.fixture
-async def client(server: Server, era: str) -> AsyncIterator[Client[Any]]:
-    async with Client(server.url, mode=era) as connected:
-        yield connected
-
-
-async def call(client: Client[Any], tool: str, **arguments: Any) -> Any:
-    return (await client.call_tool(tool, arguments)).structured_content
-
-
-both_eras = pytest.mark.parametrize("era", ERAS)
-pairs_of_eras = pytest.mark.parametrize(("era", "other_era"), [(a, b) for a in ERAS for b in ERAS])
-
-
-# --- The tools over HTTP ----------------------------------------------------------------------------------------------
 
 
 class Agent:
@@ -906,8 +873,8 @@ class Agent:
     def __call__(self, tool: str, **arguments: Any) -> Any:
         return raw(self.server, self.era, tool, session_id=self.session_id, **arguments)
 
-    def send(self, to: Agent, message: str) -> Any:
-        return self("send_message", target_alias=to.alias, message=message)
+    def send(self, to: str, message: str) -> Any:
+        return self("send_message", target_alias=to, message=message)
 
     def read(self, **arguments: Any) -> list[str]:
         return [entry["message"] for entry in self("read_messages", **arguments)["messages"]]
@@ -961,53 +928,30 @@ def reset(talk: socket.socket) -> None:
     talk.close()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 10 s"
-        time.sleep(0.01)
-
-
 @contextlib.contextmanager
 def watching(server: Server) -> Iterator[Iterator[Any]]:
     """What /events tells."""
-    with contextlib.closing(connection(server)) as talk:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as talk:
         talk.request("GET", "/events")
         with talk.getresponse() as answer:
             assert (answer.status, answer.getheader("content-type")) == (200, "text/event-stream; charset=utf-8")
             yield (json.loads(line[6:]) for line in answer if line.startswith(b"data: "))
 
 
-def snapshot(server: Server) -> Any:
-    with watching(server) as events:
-        return next(events)
-
-
 def waiting(server: Server) -> list[str]:
     """The aliases of those who wait in a read."""
-    return [peer["alias"] for peer in snapshot(server)["peers"] if peer["waiting"]]
+    with watching(server) as events:
+        return [peer["alias"] for peer in next(events)["peers"] if peer["waiting"]]
 
 
 def peers_here(server: Server) -> int:
-    return int(json.loads(get(server, "/health")[2])["activePeers"])
-
-
-def stopped_in_silence(server: Server, how: signal.Signals = signal.SIGTERM) -> bool:
-    assert server.process.stderr
-    return (server.stop(how), server.process.stderr.read()) == (0, "")
-
-
-def scripted(folder: Path, code: str) -> str:
-    """A script that changes something and then starts the server."""
-    script = folder / "changed.py"
-    script.write_text(f"import junction\n{code}\njunction.main()\n")
-    return str(script)
+    return int(json.loads(ask(server, "/health")[2])["activePeers"])
 
 
 # What takes too long to wait for is made short. A connection with the header x-reset is reset in the very turn of the
 # event loop in which a message wakes its read. /inside tells about the process; /flood sends 12,000 messages in it.
 TUNED = """
-import asyncio, ctypes, time, sse_starlette
+import asyncio, ctypes, junction, sse_starlette, time
 import mcp.server._streamable_http_modern as modern
 from starlette.responses import JSONResponse
 
@@ -1041,20 +985,23 @@ async def flood(_request):
         await asyncio.sleep(0)
     return JSONResponse(time.monotonic() - began)
 """
+SDK = """
+import junction
+made = junction.mcp.http_app
+junction.mcp.http_app = lambda **_options: made(stateless_http=True, host_origin_protection=True)
+"""
+hosts = ("--known-hosts", "desk=192.168.1.7, six=[fd00::7]:4300", "--allowed-hosts", "desk.local, fd00::7")
+server, guarded, lan_server = served(), served(JUNCTION_TOKEN=TOKEN), served("--host", "0.0.0.0")
+tuned = served(*hosts, code=TUNED)
+sdk_server = served(code=SDK)  # the same tools, served as FastMCP and the SDK do it
 
 
-@pytest.fixture(scope="session")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    hosts = ("--known-hosts", "desk=192.168.1.7, six=[fd00::7]:4300", "--allowed-hosts", "desk.local, fd00::7")
-    with running(*hosts, script=scripted(tmp_path_factory.mktemp("tuned"), TUNED)) as started:
-        yield started
-
-
-def inside(server: Server) -> list[int]:
+def inside(server: Server) -> Any:
     """The tuned server's connections, this one included; whether others may read its memory; its log and watchers."""
-    found: list[int] = json.loads(get(server, "/inside")[2])
-    return found
+    return json.loads(ask(server, "/inside")[2])
 
+
+# --- The tools over HTTP ----------------------------------------------------------------------------------------------
 
 HARMLESS = {"destructiveHint": False, "openWorldHint": False}
 TOOLS: dict[str, tuple[str, int, dict[str, bool]]] = {  # arguments, how many are required, annotations
@@ -1065,6 +1012,16 @@ TOOLS: dict[str, tuple[str, int, dict[str, bool]]] = {  # arguments, how many ar
     "known_hosts": ("", 0, {"readOnlyHint": True}),
     "disconnect": ("session_id", 1, {}),
 }
+
+
+@pytest.fixture
+async def client(server: Server, era: str) -> AsyncIterator[Client[Any]]:
+    async with Client(server.url, mode=era) as connected:
+        yield connected
+
+
+async def call(client: Client[Any], tool: str, **arguments: Any) -> Any:
+    return (await client.call_tool(tool, arguments)).structured_content
 
 
 @both_eras
@@ -1084,10 +1041,15 @@ async def test_the_instructions_are_short_and_their_first_paragraph_suffices(cli
     instructions = client.instructions or ""
     assert len(instructions) <= 1_600
     assert [tool for tool in TOOLS if tool not in instructions] == []
-    first = instructions.partition("\n\n")[0]
-    assert "information, never instructions" in first
-    for needed in ("register", "session_id", "list_peers", "send_message", "read_messages"):
-        assert needed in first
+    needed = [
+        "register",
+        "session_id",
+        "list_peers",
+        "send_message",
+        "read_messages",
+        "information, never instructions",
+    ]
+    assert [words for words in needed if words not in instructions.partition("\n\n")[0]] == []
 
 
 @both_eras
@@ -1102,11 +1064,12 @@ async def test_the_prompt_join_tells_an_agent_to_register_and_wait(client: Clien
 
 @pairs_of_eras
 async def test_two_agents_meet_and_pass_a_message_in_any_two_eras(server: Server, era: str, other_era: str) -> None:
+    text = "swordfish 🗡\0\x1b\x7f\x85\r\n\"'\\\u2028日"
     async with Client(server.url, mode=era) as one, Client(server.url, mode=other_era) as two:
         ann, bob = await call(one, "register", repo="web"), await call(two, "register", repo="api", role="backend")
         mine, yours = {"session_id": ann["session_id"]}, {"session_id": bob["session_id"]}
         assert bob == {"alias": bob["alias"], **yours, "peer_count": ann["peer_count"] + 1, "unread": 0}
-        sent = await call(one, "send_message", **mine, target_alias=bob["alias"], message="swordfish 🗡")
+        sent = await call(one, "send_message", **mine, target_alias=bob["alias"], message=text)
         assert sent == {"delivered": True, "to": [bob["alias"]], "to_count": 1, "waiting": 0, "unread": 0}
         listed = await call(one, "list_peers", **mine, role="backend", wait_seconds=5)
         at = listed["peers"][0].pop("connected_at")
@@ -1116,8 +1079,7 @@ async def test_two_agents_meet_and_pass_a_message_in_any_two_eras(server: Server
         read = await call(two, "read_messages", **yours, sender=ann["alias"])
         at = read["messages"][0]["timestamp"]
         assert datetime.fromisoformat(at).utcoffset() == timedelta(0)
-        entry = {"from": ann["alias"], "message": "swordfish 🗡", "timestamp": at}
-        assert read == {"messages": [entry], "remaining": 0}
+        assert read == {"messages": [{"from": ann["alias"], "message": text, "timestamp": at}], "remaining": 0}
         assert await call(two, "read_messages", **yours) == {"messages": [], "remaining": 0}
         assert await call(two, "read_messages", **yours, again=True) == read
         await call(two, "send_message", **yours, target_alias=ann["alias"], message="never read")
@@ -1132,21 +1094,10 @@ def test_known_hosts_are_named_with_their_addresses(tuned: Server) -> None:
 
 
 @both_eras
-@given(text=st.text(st.characters(codec="utf-8"), min_size=1, max_size=500))
-@example(text="\0\x1b\x7f\r\n\"'\\\u2028")
-@example(text="日" * 10_922)
-@settings(max_examples=30, deadline=None)
-def test_any_text_comes_over_http_as_it_was_sent(tuned: Server, era: str, text: str) -> None:
-    ann, bob = Agent(tuned, era), Agent(tuned, era)
-    ann.send(bob, text)
-    assert bob.read() == [text]
-
-
-@both_eras
 async def test_sixteen_concurrent_reads_in_both_eras_get_each_message_once(tuned: Server, era: str) -> None:
     ann, bob = Agent(tuned, era), Agent(tuned, era)
     for number in range(200):
-        ann.send(bob, str(number))
+        ann.send(bob.alias, str(number))
     reads = (asyncio.to_thread(raw, tuned, each, "read_messages", session_id=bob.session_id) for each in ERAS * 8)
     answers = await asyncio.gather(*reads)
     got = [entry["message"] for answer in answers for entry in answer["messages"]] + bob.read()
@@ -1154,11 +1105,13 @@ async def test_sixteen_concurrent_reads_in_both_eras_get_each_message_once(tuned
 
 
 @pairs_of_eras
-def test_a_waiting_read_is_woken_over_http(tuned: Server, era: str, other_era: str) -> None:
+def test_a_waiting_read_gives_signs_of_life_and_is_woken(tuned: Server, era: str, other_era: str) -> None:
     ann, bob = Agent(tuned, era), Agent(tuned, other_era)
     talk = bob.begin_read()
-    assert ann.send(bob, "wake up")["waiting"] == 1
+    heard = b"".join(talk.recv(65_536) for _ in range(6))
+    assert ann.send(bob.alias, "wake up")["waiting"] == 1
     assert b"wake up" in receive(talk, b'"remaining":0')
+    assert heard.count(b": ping") >= 3
 
 
 @both_eras
@@ -1177,28 +1130,15 @@ async def test_a_waiting_call_reports_progress_with_its_total(tuned: Server, era
 
 
 @both_eras
-def test_a_wait_gives_signs_of_life_to_a_client_that_asks_for_no_progress(tuned: Server, era: str) -> None:
-    talk = connect(tuned, Agent(tuned, era).request("read_messages", wait_seconds=0.6))
-    assert receive(talk, b'"messages":[]').count(b": ping") >= 3
-
-
-@both_eras
-async def test_a_refused_call_is_a_tool_error_that_says_what_to_do_and_quotes_no_secret(
-    client: Client[Any], era: str
-) -> None:
-    refused: list[tuple[str, dict[str, Any], str]] = [
-        ("read_messages", {"session_id": "swordfish"}, "unknown or expired.*Call register"),
-        ("register", {"repo": "a\nb"}, r"repo 'a\\nb' .*printable.*Call again"),
-        (
-            "send_message",
-            {"session_id": {"swordfish": 1}, "target_alias": "a", "message": "m"},
-            "session_id.*Call send_",
-        ),
-        ("send_message", {"session_id": "swordfish", "target_alias": "a-b"}, "message.* Call send_message again"),
-        ("read_messages", {"session_id": "s", "wait_seconds": "swordfish"}, "wait_seconds.* Call read_messages again"),
-        ("read_messages", {"session_id": "s", "nonsense": "swordfish"}, "nonsense.* Call read_messages again"),
-    ]
-    for tool, arguments, text in refused:
+async def test_a_refused_call_says_what_to_do_and_quotes_no_secret(client: Client[Any], era: str) -> None:
+    known: dict[str, Any] = {"session_id": "swordfish"}
+    for tool, arguments, text in (
+        ("read_messages", known, "unknown or expired.*Call register"),
+        ("send_message", known | {"target_alias": "a-b"}, "message.* Call send_message again"),
+        ("read_messages", {"session_id": {"swordfish": 1}}, "session_id.* Call read_messages again"),
+        ("read_messages", known | {"wait_seconds": "swordfish"}, "wait_seconds.* Call read_messages again"),
+        ("read_messages", known | {"nonsense": "swordfish"}, "nonsense.* Call read_messages again"),
+    ):
         with pytest.raises(ToolError, match=text) as caught:
             await client.call_tool(tool, arguments)
         assert not re.search("swordfish|pydantic|input_value", str(caught.value))
@@ -1226,7 +1166,7 @@ def test_a_client_that_vanishes_while_it_waits_loses_nothing(tuned: Server, era:
     ann, bob = Agent(tuned), Agent(tuned, era)
     go(bob.begin_read())
     until(lambda: not bob.waits())
-    ann.send(bob, "hello")
+    ann.send(bob.alias, "hello")
     assert bob.read() == ["hello"]
 
 
@@ -1235,9 +1175,9 @@ def test_a_client_that_vanishes_while_it_waits_loses_nothing(tuned: Server, era:
 @pytest.mark.parametrize("wait", [{}, {"wait_seconds": 60}], ids=["now", "waiting"])
 def test_a_read_whose_client_goes_while_a_crowd_is_served_takes_no_mail(tuned: Server, era: str, wait: Any) -> None:
     ann, bob = Agent(tuned), Agent(tuned, era)
-    ann.send(bob, "hello")
+    ann.send(bob.alias, "hello")
     reader, *crowd = [connect(tuned) for _ in range(151)]
-    get(tuned, "/health")  # when this is answered, all of them have been accepted
+    ask(tuned, "/health")  # when this is answered, all of them have been accepted
     tuned.process.send_signal(signal.SIGSTOP)  # so that it finds all calls and the reset at once, however busy we are
     for talk in crowd:
         talk.sendall(ann.request("register"))
@@ -1247,8 +1187,7 @@ def test_a_read_whose_client_goes_while_a_crowd_is_served_takes_no_mail(tuned: S
     for talk in crowd:
         receive(talk, b'"unread"')
     assert bob.read() == ["hello"]
-    assert (stderr := tuned.process.stderr)
-    assert not select.select([stderr], [], [], 0)[0]  # lines about it would fill whatever that leads to
+    assert written(tuned.errors) == ""  # lines about it would fill whatever that leads to
 
 
 @both_eras
@@ -1256,19 +1195,19 @@ def test_a_reset_in_the_very_turn_in_which_the_message_comes_loses_nothing(tuned
     ann, bob = Agent(tuned), Agent(tuned, era)
     for text in ("one", "two", "three"):
         talk = bob.begin_read(lines="x-reset: 1\r\n")
-        ann.send(bob, text)
+        ann.send(bob.alias, text)
         assert b'"messages"' not in receive(talk)
         assert bob.read() == [text]
 
 
-def tell(server: Server, method: str, params: Any, session: str = "", **id_: int) -> tuple[int, dict[str, str]]:
+def tell(server: Server, method: str, params: Any, session: str = "", **id_: int) -> tuple[int, Any]:
     body = json.dumps({"jsonrpc": "2.0", "method": method, "params": params, **id_}).encode()
-    return ask(server, "POST", "/mcp", body, rpc(LEGACY, "", {})[1] | {"mcp-session-id": session})[:2]
+    return ask(server, "/mcp", body, rpc(LEGACY, "", {})[1] | {"mcp-session-id": session})[:2]
 
 
 def session_of(server: Server) -> str:
     params = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "0"}}
-    return tell(server, "initialize", params, id=0)[1]["mcp-session-id"]
+    return str(tell(server, "initialize", params, id=0)[1]["mcp-session-id"])
 
 
 def test_an_older_client_is_given_a_random_session_id_that_nothing_needs(tuned: Server) -> None:
@@ -1277,7 +1216,7 @@ def test_an_older_client_is_given_a_random_session_id_that_nothing_needs(tuned: 
     assert made != session_of(tuned)
     body, headers = rpc(LEGACY, "known_hosts", {})
     for more in ({}, {"mcp-session-id": made}, {"mcp-session-id": "made up"}):
-        assert ask(tuned, "POST", "/mcp", body, headers | more)[0] == 200
+        assert ask(tuned, "/mcp", body, headers | more)[0] == 200
 
 
 @pytest.mark.parametrize(("id_", "accept"), [(7, ""), ("seven", ""), (7, "*/*")])  # the last goes the SDK's own way
@@ -1290,7 +1229,7 @@ def test_a_cancelled_notification_ends_the_waiting_call_of_its_session(tuned: Se
     assert tell(tuned, "notifications/cancelled", {"requestId": id_}, session)[0] == 202
     assert receive(talk).endswith(b"\r\n0\r\n\r\n")  # a proper end, not a broken stream
     assert not bob.waits()
-    ann.send(bob, "hello")
+    ann.send(bob.alias, "hello")
     assert bob.read() == ["hello"]
 
 
@@ -1299,31 +1238,11 @@ def test_a_cancellation_that_names_no_call_of_its_session_cancels_nothing(tuned:
     talk = bob.begin_read(7, f"mcp-session-id: {session}\r\n")
     for other, id_ in ((session_of(tuned), 7), ("", 7), (session, 8), (session, "7"), (session, None), (session, [7])):
         assert tell(tuned, "notifications/cancelled", {"requestId": id_}, other)[0] == 202
-    assert ann.send(bob, "hello")["waiting"] == 1
+    assert ann.send(bob.alias, "hello")["waiting"] == 1
     receive(talk, b"hello")
 
 
-@pairs_of_eras
-@pytest.mark.parametrize("newer", [{"wait_seconds": 0.05}, {"again": True}], ids=["waiting", "again"])
-def test_a_newer_read_ends_the_one_that_waits(tuned: Server, era: str, other_era: str, newer: dict[str, Any]) -> None:
-    bob = Agent(tuned, era)
-    talk = bob.begin_read()
-    assert (bob.read(), bob.waits()) == ([], True)  # one that does not wait leaves it alone
-    raw(tuned, other_era, "read_messages", session_id=bob.session_id, **newer)
-    assert re.search(rb"newer read_messages took over and gets.* Do not repeat", receive(talk, b'"isError":true'))
-
-
 # --- The SDK's own way is the yardstick -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def sdk_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same tools, served as FastMCP and the SDK do it."""
-    code = """
-made = junction.mcp.http_app
-junction.mcp.http_app = lambda **_options: made(stateless_http=True, host_origin_protection=True)"""
-    with running(script=scripted(tmp_path_factory.mktemp("plain"), code)) as started:
-        yield started
 
 
 Variant = tuple[str, str, dict[str, Any]]
@@ -1369,7 +1288,7 @@ def outcome(server: Server, era: str, variant: Variant) -> tuple[int, Any]:
     method, path = changed.pop("method", "POST"), changed.pop("path", "/mcp")
     assert old in body.decode()
     sent = body.decode().replace(old, new, 1).encode("utf-8", "surrogateescape")
-    status, answered, text = ask(server, method, path, sent, changed)
+    status, answered, text = ask(server, path, sent, changed, method)
     if status == 200 and b'"result"' in text:
         answer = answer_of(text)
         return status, [answer["id"], {**answer["result"], "resultType": "", "_meta": {}}]
@@ -1386,16 +1305,6 @@ def test_a_request_is_answered_as_the_sdk_answers_it(
 
 # --- Who gets in ------------------------------------------------------------------------------------------------------
 
-TOKEN = "sixteen-letters!"
-BEARER = {"authorization": f"Bearer {TOKEN}"}
-
-
-@pytest.fixture(scope="session")
-def guarded() -> Iterator[Server]:
-    with running(JUNCTION_TOKEN=TOKEN) as started:
-        yield started
-
-
 OTHERS = [("OPTIONS", "/mcp"), ("GET", "/health"), ("HEAD", "/events")]  # HEAD: a test that fails does not hang
 DOORS: dict[str, tuple[int, list[str]]] = {
     "host": (421, ["evil.example", "127.0.0.1.evil.example:4200", "169.254.169.254"]),
@@ -1411,38 +1320,40 @@ def test_forged_hosts_foreign_origins_and_forms_are_refused_without_cors(server:
     status, values = DOORS[door]
     for method, path in [("POST", "/mcp"), *OTHERS * (door != "content-type")]:
         for value in values:
-            answered = ask(server, method, path, body, headers | {door: value})
-            assert (answered[0], "access-control" in str(answered[1])) == (status, False)
-    assert "access-control" not in str(ask(server, "OPTIONS", "/mcp", None, {"origin": "http://localhost:3000"}))
+            answered = ask(server, path, body, headers | {door: value}, method)
+            assert (answered[0], "access-control" in str(answered[1]).lower()) == (status, False)
+    preflight = ask(server, "/mcp", None, {"origin": "http://localhost:3000"}, "OPTIONS")
+    assert "access-control" not in str(preflight[1]).lower()
 
 
 def test_an_allowed_host_gets_in_and_others_still_do_not(tuned: Server) -> None:
-    statuses = [get(tuned, "/health", host=host)[0] for host in ("desk.local:4200", "[fd00::7]", "desk.locale")]
-    assert statuses == [200, 200, 421]
+    hosts = ("desk.local:4200", "[fd00::7]", "desk.locale")
+    assert [ask(tuned, "/health", headers={"host": host})[0] for host in hosts] == [200, 200, 421]
+
+
+ENDS = ["", TOKEN[:-1], f"{TOKEN}x", f"{TOKEN} {TOKEN}", TOKEN.upper(), "\u00fcmlaut-letters!"]
 
 
 @both_eras
-@pytest.mark.parametrize(
-    "end", ["", TOKEN[:-1], f"{TOKEN}x", f"{TOKEN} {TOKEN}", TOKEN.upper(), "\u00fcmlaut-letters!"]
-)
-def test_without_the_right_token_mcp_and_events_answer_401(guarded: Server, era: str, end: str) -> None:
+@pytest.mark.parametrize("sent", [None, TOKEN, f"Basic {TOKEN}", *(f"Bearer {end}" for end in ENDS)])
+def test_without_the_right_token_mcp_and_events_answer_401(guarded: Server, era: str, sent: str | None) -> None:
     body, headers = rpc(era, "register", {})
-    for more in ({}, {"authorization": f"Bearer {end}"}, {"authorization": f"Basic {TOKEN}"}, {"authorization": TOKEN}):
-        for method, path in (("POST", "/mcp"), ("HEAD", "/events")):
-            status, answered, text = ask(guarded, method, path, body, headers | more)
-            assert (status, "www-authenticate" in answered, TOKEN in f"{answered}{text!r}") == (401, True, False)
+    headers |= {"authorization": sent} if sent else {}
+    for method, path in (("POST", "/mcp"), ("HEAD", "/events")):
+        status, answered, text = ask(guarded, path, body, headers, method)
+        assert (status, "www-authenticate" in answered, TOKEN in f"{answered}{text!r}") == (401, True, False)
 
 
 @both_eras
 @pytest.mark.parametrize("blanks", ["", " ", " \t  "])
 def test_the_right_token_gets_in_with_blanks_behind_it_too(guarded: Server, era: str, blanks: str) -> None:
     body, headers = rpc(era, "known_hosts", {})
-    status, _, text = ask(guarded, "POST", "/mcp", body, headers | {"authorization": f"Bearer {TOKEN}{blanks}"})
+    status, _, text = ask(guarded, "/mcp", body, headers | {"authorization": f"Bearer {TOKEN}{blanks}"})
     assert (status, b'"hosts":[]' in text) == (200, True)
 
 
 def test_health_has_four_keys_and_needs_no_token(guarded: Server) -> None:
-    status, _, text = get(guarded, "/health")
+    status, _, text = ask(guarded, "/health")
     uptime = json.loads(text)["uptime"]
     health = {"status": "ok", "mode": "localhost", "activePeers": 0, "uptime": uptime}
     assert (status, type(uptime), json.loads(text)) == (200, int, health)
@@ -1465,12 +1376,20 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(folder / "cert.pem"), str(folder / "key.pem")
 
 
-async def test_it_speaks_tls_in_both_eras(certificate: tuple[str, str]) -> None:
+@pytest.fixture(scope="session")
+def tls_server(certificate: tuple[str, str]) -> Iterator[Server]:
+    """A server with a certificate that no system trusts, a token and known hosts."""
+    files = ["--tls-cert", certificate[0], "--tls-key", certificate[1]]
+    hosts = "desk=10.0.0.7, attic=[fd00::1]:4300, far=https://junction.example"
+    with running(*files, "--known-hosts", hosts, JUNCTION_TOKEN=TOKEN) as started:
+        yield started
+
+
+@both_eras
+async def test_it_speaks_tls(tls_server: Server, certificate: tuple[str, str], era: str) -> None:
     trust = ssl.create_default_context(cafile=certificate[0])
-    with running("--tls-cert", certificate[0], "--tls-key", certificate[1], JUNCTION_TOKEN=TOKEN) as secure:
-        for era in ERAS:
-            async with Client(secure.url, auth=TOKEN, verify=trust, mode=era) as client:
-                assert await call(client, "known_hosts") == {"hosts": []}
+    async with Client(tls_server.url, auth=TOKEN, verify=trust, mode=era) as client:
+        assert [host["name"] for host in (await call(client, "known_hosts"))["hosts"]] == ["desk", "attic", "far"]
 
 
 # --- What it withstands -----------------------------------------------------------------------------------------------
@@ -1488,10 +1407,8 @@ def test_a_body_of_256_kib_is_taken_and_one_byte_more_gets_413(server: Server, e
     body, headers = rpc(era, "known_hosts", {})
     whole = body + b" " * (256 * 1024 - len(body))
     for more, status in ((b"", 200), (b" ", 413), (whole * 11, 413)):
-        assert ask(server, "POST", "/mcp", whole + more, headers)[0] == status
-    request = on_the_wire(b"", headers, "transfer-encoding: chunked\r\n").replace(b"content-length: 0\r\n", b"")
-    chunks = b"%x\r\n%s\r\n1\r\n \r\n0\r\n\r\n" % (len(whole), whole)
-    assert receive(connect(server, request + chunks), b"\r\n\r\n").startswith(b"HTTP/1.1 413")
+        assert ask(server, "/mcp", whole + more, headers)[0] == status
+    assert ask(server, "/mcp", iter([whole, b" "]), headers)[0] == 413, "in chunks"
 
 
 @pytest.mark.parametrize("length", [60_000, 66_000, 200_000])
@@ -1523,16 +1440,18 @@ def test_unfinished_requests_are_closed_in_time_and_others_served(tuned: Server)
     ann, bob = Agent(tuned), Agent(tuned, LEGACY)
     reading, whole = bob.begin_read(), ann.request("list_peers")
     halves = [connect(tuned, [b"", whole[:50], whole[:-1]][number % 3]) for number in range(300)]
-    assert get(tuned, "/health")[0] == 200
+    assert ask(tuned, "/health")[0] == 200
     assert {receive(talk) for talk in halves} == {b""}
-    ann.send(bob, "hello")
+    ann.send(bob.alias, "hello")
     receive(reading, b"hello")  # it waited all the while
 
 
 @LINUX
-@pytest.mark.parametrize("token", [{}, BEARER], ids=["without the token", "with it"])
-def test_a_thousand_unfinished_bodies_take_130_mb_at_most(guarded: Server, token: dict[str, str]) -> None:
-    request = on_the_wire(b"y" * 250_000, rpc(MODERN, "known_hosts", {})[1] | token)[:200_000]
+@pytest.mark.parametrize(
+    "token", ["", "authorization: Bearer sixteen-letters!\r\n"], ids=["without the token", "with it"]
+)
+def test_a_thousand_unfinished_bodies_take_130_mb_at_most(guarded: Server, token: str) -> None:
+    request = on_the_wire(b"y" * 250_000, rpc(MODERN, "known_hosts", {})[1], token)[:200_000]
     before = resident(guarded)
     with contextlib.ExitStack() as stack:
         for _ in range(1_000):
@@ -1540,7 +1459,7 @@ def test_a_thousand_unfinished_bodies_take_130_mb_at_most(guarded: Server, token
             talk.setblocking(False)
             with contextlib.suppress(OSError):
                 talk.send(request)
-        assert get(guarded, "/health")[0] == 200
+        assert ask(guarded, "/health")[0] == 200
         assert resident(guarded) - before < 130_000_000
 
 
@@ -1550,8 +1469,10 @@ def test_a_request_behind_a_waiting_one_ends_the_connection_and_hides_no_reset(
     tuned: Server, era: str, together: bool
 ) -> None:
     bob, more = Agent(tuned, era), b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
-    talk = connect(tuned, bob.request("read_messages", wait_seconds=60) + more) if together else bob.begin_read()
-    if not together:
+    if together:
+        talk = connect(tuned, bob.request("read_messages", wait_seconds=60) + more)
+    else:
+        talk = bob.begin_read()
         talk.sendall(more)
     assert not re.search(b'"(messages|status)"', receive(talk))
     until(lambda: not bob.waits())
@@ -1560,7 +1481,7 @@ def test_a_request_behind_a_waiting_one_ends_the_connection_and_hides_no_reset(
 @LINUX
 def test_a_client_that_does_not_take_its_answer_is_closed(tuned: Server) -> None:
     ann, bob = Agent(tuned), Agent(tuned)
-    ann.send(bob, "\n" * 15_000 + "日" * 5_000)
+    ann.send(bob.alias, "\n" * 15_000 + "日" * 5_000)
     talk = connect(tuned, bob.request("read_messages"), deaf=True)
     until(lambda: inside(tuned)[0] == 1)
     assert b'"remaining":0' not in receive(talk)
@@ -1582,7 +1503,7 @@ ANYTHING = st.recursive(
 def test_any_body_and_any_arguments_get_an_answer_below_500(tuned: Server, era: str, tool: str, body: Any) -> None:
     called, headers = rpc(era, tool, body if isinstance(body, dict) else {})
     other = body if isinstance(body, bytes) else json.dumps(body).encode()
-    status, _, text = ask(tuned, "POST", "/mcp", called if isinstance(body, dict) else other, headers)
+    status, _, text = ask(tuned, "/mcp", called if isinstance(body, dict) else other, headers, "POST")
     assert status < 500
     assert b'"code":-32603' not in text, "an internal error"
 
@@ -1594,26 +1515,29 @@ def test_the_process_is_closed_to_others_of_its_user_and_leaves_no_core(tuned: S
 
 
 def test_neither_dotenv_nor_variables_of_libraries_change_anything(tmp_path: Path) -> None:
-    variables: dict[str, Any] = {"FASTMCP_STREAMABLE_HTTP_PATH": "/elsewhere", "fastmcp_log_level": "x"}
+    variables: dict[str, Any] = {
+        "FASTMCP_STREAMABLE_HTTP_PATH": "/elsewhere",
+        "fastmcp_log_level": "x",
+        "OTEL_PROPAGATORS": "b3",
+    }
     (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
-    script = tmp_path / "elsewhere.py"
-    script.write_text(f"import os; os.chdir({str(tmp_path)!r}); import junction; junction.main()")
-    with running(script=str(script), OTEL_PROPAGATORS="b3", OTEL_PYTHON_TRACER_PROVIDER="x", **variables) as there:
-        assert [raw(there, era, "known_hosts") for era in ERAS] == [{"hosts": []}] * 2
-        assert stopped_in_silence(there)
+    there = f"import os; os.chdir({str(tmp_path)!r})"
+    with running(code=there, OTEL_PYTHON_TRACER_PROVIDER="x", **variables) as server:
+        assert [raw(server, era, "known_hosts") for era in ERAS] == [{"hosts": []}] * 2
+        assert server.stops_in_silence()
 
 
-def test_nothing_secret_and_no_traceback_is_in_any_output(tmp_path: Path) -> None:
+def test_nothing_secret_and_no_traceback_is_in_any_output() -> None:
     """Not with all loggers at DEBUG, as another library's carelessness might have it, whatever calls come."""
     careless = """
-import logging
+import junction, logging
 logging.basicConfig(level=1)
 for name in [*logging.root.manager.loggerDict]:
     logging.getLogger(name).setLevel(1)"""
-    with running(script=scripted(tmp_path, careless)) as there:
+    with running(code=careless) as there:
         for ann, bob in ((Agent(there, era), Agent(there, era)) for era in ERAS):
             message = {"target_alias": bob.alias, "message": "swordfish"}
-            for caller, tool, arguments in [
+            for caller, tool, arguments in (
                 (ann, "send_message", message),
                 (ann, "send_message", message | {"message": ["swordfish"]}),
                 (ann, "send_message", message | {"target_alias": "swordfish"}),
@@ -1621,7 +1545,7 @@ for name in [*logging.root.manager.loggerDict]:
                 (bob, "read_messages", {"again": True}),
                 (bob, "read_messages", {"session_id": "swordfish"}),
                 (bob, "swordfish", {}),
-            ]:
+            ):
                 lines = "authorization: Bearer swordfish\r\nconnection: close\r\n"
                 request = caller.request(tool, lines=lines, **arguments)
                 for sent in (request.replace(b"{", b"[", 1), request):
@@ -1630,28 +1554,22 @@ for name in [*logging.root.manager.loggerDict]:
                     go(connect(there, request[:-5]))
             reset(bob.begin_read())
             assert not re.search(f"{ann.session_id}|{bob.session_id}", there.said())
-        assert stopped_in_silence(there)
+        assert there.stops_in_silence()
         assert "swordfish" not in there.said()
 
 
 @LINUX
-@pytest.mark.parametrize("output", ["closed", "a full device", "a full pipe"])
-def test_an_output_that_takes_nothing_neither_stops_nor_holds_up_the_server(output: str, tmp_path: Path) -> None:
-    closing = "import os, sys\nfor number in (0, 1, 2): os.close(number)\n"
-    closing += "os.execv(sys.executable, [sys.executable, '-m', 'junction', *sys.argv[1:]])"
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    os.write(writing, b"x" * 1_000_000)  # as much of it as fits
-    os.set_blocking(writing, True)
-    device = os.open("/dev/full", os.O_WRONLY)
-    stdout = {"a full device": device, "a full pipe": writing}.get(output)
-    with running(stdout=stdout, script=scripted(tmp_path, closing) if output == "closed" else "") as there:
+@pytest.mark.parametrize("where", ["<&- >&- 2>&-", ">/dev/full", ">{}"], ids=["closed", "a full device", "a full pipe"])
+def test_an_output_that_takes_nothing_neither_stops_nor_holds_up_the_server(where: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDWR)
+    os.write(pipe, bytes(65_536))  # as much as it holds
+    with running(where=where.format(tmp_path / "pipe")) as there:
         ann, bob = Agent(there), Agent(there)
-        ann.send(bob, "hello")
+        ann.send(bob.alias, "hello")
         bob("disconnect")
-        assert stopped_in_silence(there)
-    for descriptor in (reading, writing, device):
-        os.close(descriptor)
+        assert there.stops_in_silence()
+    os.close(pipe)
 
 
 # --- Stopping, sweeping, watching -------------------------------------------------------------------------------------
@@ -1663,70 +1581,36 @@ def test_a_signal_stops_it_and_one_line_says_what_went(how: signal.Signals) -> N
     with running() as there:
         ann, bob = Agent(there), Agent(there, LEGACY)
         for text in ("one", "two", "three"):
-            ann.send(bob, text)
-        with watching(there) as events:
-            next(events)
-            assert stopped_in_silence(there, how)
-            assert [event["event"] for event in events][-1] == "junction_stopped"
+            ann.send(bob.alias, text)
+        assert there.stops_in_silence(how)
         assert there.said().count("3 unread") == 1
 
 
 @POSIX
 def test_stopping_answers_500_waiting_calls_of_both_eras_within_3_seconds() -> None:
     with running() as there:
-        bobs = [Agent(there, ERAS[number % 2]) for number in range(500)]
+        bobs = [Agent(there, era) for era in ERAS * 250]
         talks = [connect(there, bob.request("read_messages", wait_seconds=600)) for bob in bobs]
         until(lambda: len(waiting(there)) == 500)
-        assert stopped_in_silence(there)
+        assert there.stops_in_silence()
         for talk in talks:
             receive(talk, b"shutting down")
 
 
-def test_a_sweep_that_fails_does_not_end_sweeping(tmp_path: Path) -> None:
-    code = """
-sweep, times = junction.Junction.sweep, iter(range(100_000))
-async def failing(here):
-    if next(times) < 3:
-        raise RuntimeError("swordfish")
-    await sweep(here)
-junction.Junction.sweep = failing"""
-    lively = ("--session-timeout-ms", "50", "--sweep-interval-ms", "20")
-    with running(*lively, script=scripted(tmp_path, code)) as there:
-        gone = Agent(there)
-        until(lambda: peers_here(there) == 0)
-        assert re.search(f"(?s)sweep.* failed: RuntimeError.*{gone.alias} fell idle", there.said())
-        assert "swordfish" not in there.said()
-
-
-def test_events_tell_a_whole_conversation_in_order_and_nothing_secret(tuned: Server) -> None:
-    ann = Agent(tuned, repo="web")
-    with watching(tuned) as events:
-        told = [next(events)]
-        bob = Agent(tuned, LEGACY, role="backend")
-        ann.send(bob, "swordfish"), bob.read(), bob("disconnect")
-        while told[-1]["event"] != "peer_left":
-            told.append(next(events))
-    assert told[0].keys() == {"event", "timestamp", "mode", "uptime", "peers"}
-    (seen,) = (peer for peer in told[0]["peers"] if peer["alias"] == ann.alias)
-    labels = {"alias": ann.alias, "repo": "web", "task": "", "role": "", "waiting": False, "unread": 0}
-    assert seen == labels | {"connected_at": seen["connected_at"], "idle_seconds": 0}
-    facts: list[dict[str, Any]] = [
-        {"event": "peer_joined", "alias": bob.alias, "role": "backend"},
-        {"event": "message_sent", "from": ann.alias, "to": [bob.alias], "bytes": 9},
-        {"event": "messages_read", "alias": bob.alias, "count": 1},
-        {"event": "peer_left", "alias": bob.alias, "why": "left"},
-    ]
-    happened = [event for event in told[1:] if event["event"] != "snapshot"]
-    assert [{**event, **fact} for event, fact in zip(happened, facts, strict=True)] == happened
-    assert all(datetime.fromisoformat(event["timestamp"]).utcoffset() == timedelta(0) for event in told)
-    assert not re.search(f"swordfish|{ann.session_id}|{bob.session_id}", json.dumps(told))
+async def test_a_sweep_that_fails_is_said_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = app.Server(uvicorn.Config("none"))
+    monkeypatch.setattr(app.junction, "sweep", lambda: (_ for _ in ()).throw(RuntimeError("swordfish")))
+    assert not await server.on_tick(1)
+    assert capfd.readouterr().out == "the sweep for idle peers failed: RuntimeError\n"
 
 
 @LINUX
 def test_a_watcher_that_never_reads_is_dropped_and_holds_up_nobody(tuned: Server) -> None:
-    usual, before = json.loads(get(tuned, "/flood")[2]), resident(tuned)
+    usual, before = json.loads(ask(tuned, "/flood")[2]), resident(tuned)
     with connect(tuned, b"GET /events HTTP/1.1\r\nhost: localhost\r\n\r\n", deaf=True) as talk:
-        assert json.loads(get(tuned, "/flood")[2]) < 5 * usual
+        assert json.loads(ask(tuned, "/flood")[2]) < 5 * usual
         assert inside(tuned)[2] == 1
         assert resident(tuned) - before < 30_000_000
         until(lambda: inside(tuned)[0] == 1)
@@ -1737,9 +1621,9 @@ def test_watchers_beyond_the_limit_get_503_until_one_goes(tuned: Server) -> None
     with contextlib.ExitStack() as stack:
         for _ in range(app.WATCHERS):
             stack.enter_context(watching(tuned))
-        assert ask(tuned, "HEAD", "/events", None, {})[0] == 503
+        assert ask(tuned, "/events", method="HEAD")[0] == 503
     until(lambda: inside(tuned)[0] == 1)
-    assert snapshot(tuned)["event"] == "snapshot"
+    assert waiting(tuned) == []
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
@@ -1788,7 +1672,9 @@ class Shell:
         self.ours, theirs = os.openpty() if terminal else os.pipe()
         stdin = theirs if terminal else subprocess.DEVNULL
         env = environment(**{"PYTHONPATH": HERE, "TERM": "xterm", "LINES": "24", **variables})
-        self.process = subprocess.Popen([*JUNCTION, *arguments], env=env, stdin=stdin, stdout=theirs, stderr=theirs)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "junction", *arguments], env=env, stdin=stdin, stdout=theirs, stderr=theirs
+        )
         os.close(theirs)
         self.said = ""
         self.listener = threading.Thread(target=self.listen)
@@ -1828,21 +1714,6 @@ class Shell:
         return code
 
 
-@pytest.fixture(scope="session")
-def tls_server(certificate: tuple[str, str]) -> Iterator[Server]:
-    """A server with a certificate that no system trusts, a token and known hosts."""
-    files = ["--tls-cert", certificate[0], "--tls-key", certificate[1]]
-    hosts = "desk=10.0.0.7, attic=[fd00::1]:4300, far=https://junction.example"
-    with running(*files, "--known-hosts", hosts, JUNCTION_TOKEN=TOKEN) as started:
-        yield started
-
-
-@pytest.fixture(scope="session")
-def lan_server() -> Iterator[Server]:
-    with running("--host", "0.0.0.0") as started:
-        yield started
-
-
 @contextlib.contextmanager
 def answering(handle: Callable[[Any], None]) -> Iterator[str]:
     """The address of a server that does this with each connection."""
@@ -1869,7 +1740,6 @@ def other_http(request: pytest.FixtureRequest) -> Iterator[str]:
 
 # --- The start --------------------------------------------------------------------------------------------------------
 
-README = (Path(HERE) / "README.md").read_text("utf-8")
 kinds_of_server = pytest.mark.parametrize("kind", ["server", "tls_server", "lan_server"])
 
 
@@ -1918,8 +1788,8 @@ def test_lan_mode_makes_a_token_and_wants_it(lan_server: Server) -> None:
     text = lan_server.said()
     made = re.findall(r"export JUNCTION_TOKEN=([\w-]{22,})\n", text)[0]
     body, headers = rpc(MODERN, "register", {})
-    assert ask(lan_server, "POST", "/mcp", body, headers)[0] == 401
-    assert ask(lan_server, "POST", "/mcp", body, {**headers, "authorization": f"Bearer {made}"})[0] == 200
+    assert ask(lan_server, "/mcp", body, headers)[0] == 401
+    assert ask(lan_server, "/mcp", body, {**headers, "authorization": f"Bearer {made}"})[0] == 200
     parts = ["Mode: lan", "in the clear", "--tls-cert", "--tls-key", f"ssh -L {lan_server.port}:127.0.0.1:"]
     assert [part for part in parts if part not in text] == []
 
@@ -1996,11 +1866,11 @@ def test_the_log_has_a_line_for_what_happens_and_none_for_visits(cli: Cli) -> No
         bob, ann = Agent(there, LEGACY), Agent(there, MODERN, repo="shop", role="ux")
         cli("peers", at=there.url)
         cli("send", bob.alias, "sword", at=there.url)
-        ann.send(bob, "日本")
+        ann.send(bob.alias, "日本")
         ann.read()
         bob("disconnect")
         until(lambda: "idle" in there.said())
-        assert stopped_in_silence(there)
+        assert there.stops_in_silence()
         lines = re.findall(r"^\d\d:\d\d:\d\d .*", there.said(), re.MULTILINE)
     a, b = ann.alias, bob.alias
     facts = [f"{b} joined", f"{a} joined (ux, shop)", f"wrote to {b}, 5 bytes", f"{a} wrote to {b}, 6 bytes"]
@@ -2035,7 +1905,7 @@ def test_a_file_is_untouched_when_nothing_came_or_it_cannot_be_written(
     (file := tmp_path / ".env").write_text("old")
     ended = cli("read", "--wait", "0.1", "--output", str(file))
     assert (ended.code, ended.out, ended.err.splitlines()[1:]) == (3, "", ["nothing came"])
-    bob.send(ann, "new")
+    bob.send(ann.alias, "new")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert "No space" in cli("read", "--output", str(file), JUNCTION_SESSION=ann.session_id).line(1)
     assert file.read_text() == "old"
@@ -2052,9 +1922,9 @@ def test_people_read_messages_with_their_control_characters_escaped(cli: Cli, se
 
 def test_read_from_takes_all_that_one_sender_wrote_and_leaves_the_rest(cli: Cli, server: Server) -> None:
     me, ann, bob = Agent(server), Agent(server), Agent(server)
-    ann.send(me, "one")
+    ann.send(me.alias, "one")
     for letter in "abc":
-        bob.send(me, letter * 20_000)
+        bob.send(me.alias, letter * 20_000)
     answer = json.loads(cli("read", "--from", bob.alias, "--json", "--session", me.session_id).out)
     assert [(entry["from"], entry["message"][0]) for entry in answer["messages"]] == [(bob.alias, c) for c in "abc"]
     assert answer["remaining"] == 1
@@ -2066,8 +1936,8 @@ def test_send_with_wait_prints_the_answer_of_that_alias(cli: Cli, server: Server
     with Shell("send", me.alias, "ready", "--wait", "20", JUNCTION_URL=server.url) as asking:
         question = me("read_messages", wait_seconds=10)["messages"][0]
         until(lambda: question["from"] in waiting(server))
-        other("send_message", target_alias=question["from"], message="from another")
-        me("send_message", target_alias=question["from"], message=f"{question['message']}? yes")
+        other.send(question["from"], "from another")
+        me.send(question["from"], f"{question['message']}? yes")
         assert asking.end() == 0
         assert asking.said.endswith("s\nready? yes")
     assert cli("send", me.alias, "ready", "--wait", "0.1")[:2] == (3, "")
@@ -2107,7 +1977,7 @@ def test_watch_draws_on_a_terminal_and_leaves_it_as_it_was() -> None:
         ann, bob = Agent(there, role="ux"), Agent(there)
         shell.hear(f"{ann.alias} +ux")
         assert shell.said.index("\x1b[?1049h") < shell.said.index(ann.alias)
-        ann.send(bob, "swordfish")
+        ann.send(bob.alias, "swordfish")
         shell.hear(f"{ann.alias} wrote to {bob.alias}, 9 bytes")
         assert shell.end(signal.SIGINT) == 130
         assert termios.tcgetattr(shell.ours) == before
@@ -2124,11 +1994,11 @@ def test_watch_elsewhere_is_a_line_or_a_document_for_each_event_and_comes_back()
             plain.hear("0 here\n")
             documents.hear("snapshot.*\n")
             ann, bob = Agent(there, role="ux"), Agent(there)
-            ann.send(bob, "swordfish")
+            ann.send(bob.alias, "swordfish")
             bob.read()
             plain.hear(f"{ann.alias} joined .*ux.*\n(.*\n)*.*{ann.alias} wrote to {bob.alias}, 9 bytes\n")
             plain.hear(f"{bob.alias} read 1\\b.*\n")
-            assert stopped_in_silence(there)
+            assert there.stops_in_silence()
         plain.hear("stopped.*\n")
         with running(port=port) as again:
             documents.hear('junction_stopped(?:.*\n)+.*"snapshot".*\n')
