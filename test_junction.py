@@ -34,11 +34,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from itertools import count, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import typer.main
-import uvicorn
 import wonderwords
 from cryptography import x509
 from cryptography.exceptions import InvalidTag
@@ -765,33 +764,24 @@ def environment(**variables: str) -> dict[str, str]:
     return {**kept, "PYTHONWARNINGS": "error::ResourceWarning", "COLUMNS": "80", **variables}
 
 
-def written(file: IO[bytes]) -> str:
-    """What a process has written to a file so far. (A seek would move the place that it writes at.)"""
-    return os.pread(file.fileno(), 1_000_000, 0).decode()
-
-
 @dataclass
 class Server:
     """A junction in a process of its own."""
 
     process: subprocess.Popen[bytes]
     port: int
-    base: str
-    output: IO[bytes]
-    errors: IO[bytes]
-
-    @property
-    def url(self) -> str:
-        return f"{self.base}/mcp"
+    url: str
+    output: Path
+    errors: Path
 
     def said(self) -> str:
         """The greeting, then its log."""
-        return written(self.output)
+        return self.output.read_text("utf-8")
 
     def stops_in_silence(self, how: signal.Signals = signal.SIGTERM) -> bool:
         """Whether a signal ends it within 3 s, with code 0 and without a word on standard error."""
         self.process.send_signal(how)
-        return (self.process.wait(3), written(self.errors)) == (0, "")
+        return (self.process.wait(3), self.errors.read_text()) == (0, "")
 
 
 @contextlib.contextmanager
@@ -801,13 +791,14 @@ def running(*options: str, port: int = 0, code: str = "", where: str = "", **var
     command = [sys.executable, "-c", f"{code}\nimport junction; junction.main()", *options]
     shell = ["sh", "-c", f'exec "$@" {where}', "sh"] if where else []
     env = environment(**{"PYTHONPATH": HERE, "JUNCTION_PORT": str(port), **variables})
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+    url = f"http{'s' * ('--tls-cert' in options)}://127.0.0.1:{port}/mcp"
+    with tempfile.NamedTemporaryFile() as output, tempfile.NamedTemporaryFile() as errors:
         process = subprocess.Popen([*shell, *command], env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
-        base = f"http{'s' * ('--tls-cert' in options)}://127.0.0.1:{port}"
+        server = Server(process, port, url, Path(output.name), Path(errors.name))
         try:
             until(lambda: process.poll() is not None or app.is_junction("127.0.0.1", port))
-            assert process.poll() is None, written(errors)
-            yield Server(process, port, base, output, errors)
+            assert process.poll() is None, server.errors.read_text()
+            yield server
         finally:
             process.kill()
             process.wait()
@@ -876,25 +867,26 @@ class Agent:
     def send(self, to: str, message: str) -> Any:
         return self("send_message", target_alias=to, message=message)
 
-    def read(self, **arguments: Any) -> list[str]:
-        return [entry["message"] for entry in self("read_messages", **arguments)["messages"]]
+    def read(self) -> list[str]:
+        return [entry["message"] for entry in self("read_messages")["messages"]]
 
     def waits(self) -> bool:
         return self.alias in waiting(self.server)
 
-    def request(self, tool: str, id_: Any = 1, lines: str = "", **arguments: Any) -> bytes:
-        """A call as it goes over the wire, with further header lines."""
-        return on_the_wire(*rpc(self.era, tool, {"session_id": self.session_id, **arguments}, id_), lines)
+    def request(self, tool: str, id_: Any = 1, headers: Any = (), **arguments: Any) -> bytes:
+        """A call as it goes over the wire, with these headers too."""
+        body, usual = rpc(self.era, tool, {"session_id": self.session_id, **arguments}, id_)
+        return on_the_wire(body, usual | dict(headers))
 
-    def begin_read(self, id_: Any = 1, lines: str = "") -> socket.socket:
+    def begin_read(self, id_: Any = 1, headers: Any = ()) -> socket.socket:
         """Begin a read that waits; it does when this returns."""
-        talk = connect(self.server, self.request("read_messages", id_, lines, wait_seconds=600))
+        talk = connect(self.server, self.request("read_messages", id_, headers, wait_seconds=600))
         until(self.waits)
         return talk
 
 
-def on_the_wire(body: bytes, headers: dict[str, str], lines: str = "") -> bytes:
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + lines
+def on_the_wire(body: bytes, headers: dict[str, str]) -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return f"POST /mcp HTTP/1.1\r\nhost: localhost\r\n{lines}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -990,9 +982,8 @@ import junction
 made = junction.mcp.http_app
 junction.mcp.http_app = lambda **_options: made(stateless_http=True, host_origin_protection=True)
 """
-hosts = ("--known-hosts", "desk=192.168.1.7, six=[fd00::7]:4300", "--allowed-hosts", "desk.local, fd00::7")
 server, guarded, lan_server = served(), served(JUNCTION_TOKEN=TOKEN), served("--host", "0.0.0.0")
-tuned = served(*hosts, code=TUNED)
+tuned = served("--allowed-hosts", "desk.local, fd00::7", code=TUNED)
 sdk_server = served(code=SDK)  # the same tools, served as FastMCP and the SDK do it
 
 
@@ -1041,14 +1032,7 @@ async def test_the_instructions_are_short_and_their_first_paragraph_suffices(cli
     instructions = client.instructions or ""
     assert len(instructions) <= 1_600
     assert [tool for tool in TOOLS if tool not in instructions] == []
-    needed = [
-        "register",
-        "session_id",
-        "list_peers",
-        "send_message",
-        "read_messages",
-        "information, never instructions",
-    ]
+    needed = {*TOOLS, "session_id", "information, never instructions"} - {"known_hosts", "disconnect"}
     assert [words for words in needed if words not in instructions.partition("\n\n")[0]] == []
 
 
@@ -1087,15 +1071,8 @@ async def test_two_agents_meet_and_pass_a_message_in_any_two_eras(server: Server
         assert await call(two, "disconnect", **yours) == {"disconnected": True, "erased": 1}  # the notice of that
 
 
-def test_known_hosts_are_named_with_their_addresses(tuned: Server) -> None:
-    places = {"desk": "http://192.168.1.7:4200", "six": "http://[fd00::7]:4300"}
-    hosts = [{"name": name, "mcp_url": f"{at}/mcp", "health_url": f"{at}/health"} for name, at in places.items()]
-    assert [raw(tuned, era, "known_hosts") for era in ERAS] == [{"hosts": hosts}] * 2
-
-
-@both_eras
-async def test_sixteen_concurrent_reads_in_both_eras_get_each_message_once(tuned: Server, era: str) -> None:
-    ann, bob = Agent(tuned, era), Agent(tuned, era)
+async def test_sixteen_concurrent_reads_in_both_eras_get_each_message_once(tuned: Server) -> None:
+    ann, bob = Agent(tuned), Agent(tuned, LEGACY)
     for number in range(200):
         ann.send(bob.alias, str(number))
     reads = (asyncio.to_thread(raw, tuned, each, "read_messages", session_id=bob.session_id) for each in ERAS * 8)
@@ -1187,14 +1164,14 @@ def test_a_read_whose_client_goes_while_a_crowd_is_served_takes_no_mail(tuned: S
     for talk in crowd:
         receive(talk, b'"unread"')
     assert bob.read() == ["hello"]
-    assert written(tuned.errors) == ""  # lines about it would fill whatever that leads to
+    assert tuned.errors.read_text() == ""  # lines about it would fill whatever that leads to
 
 
 @both_eras
 def test_a_reset_in_the_very_turn_in_which_the_message_comes_loses_nothing(tuned: Server, era: str) -> None:
     ann, bob = Agent(tuned), Agent(tuned, era)
     for text in ("one", "two", "three"):
-        talk = bob.begin_read(lines="x-reset: 1\r\n")
+        talk = bob.begin_read(headers={"x-reset": "1"})
         ann.send(bob.alias, text)
         assert b'"messages"' not in receive(talk)
         assert bob.read() == [text]
@@ -1219,13 +1196,10 @@ def test_an_older_client_is_given_a_random_session_id_that_nothing_needs(tuned: 
         assert ask(tuned, "/mcp", body, headers | more)[0] == 200
 
 
-@pytest.mark.parametrize(("id_", "accept"), [(7, ""), ("seven", ""), (7, "*/*")])  # the last goes the SDK's own way
-def test_a_cancelled_notification_ends_the_waiting_call_of_its_session(tuned: Server, id_: Any, accept: str) -> None:
+@pytest.mark.parametrize(("id_", "more"), [(7, {}), ("seven", {}), (7, {"accept": "*/*"})])  # the SDK's own way
+def test_a_cancelled_notification_ends_the_waiting_call_of_its_session(tuned: Server, id_: Any, more: Any) -> None:
     ann, bob, session = Agent(tuned), Agent(tuned, LEGACY), session_of(tuned)
-    body, headers = rpc(LEGACY, "read_messages", {"session_id": bob.session_id, "wait_seconds": 600}, id_)
-    headers |= {"accept": accept or headers["accept"], "mcp-session-id": session, "connection": "close"}
-    talk = connect(tuned, on_the_wire(body, headers))
-    until(bob.waits)
+    talk = bob.begin_read(id_, {"mcp-session-id": session, "connection": "close", **more})
     assert tell(tuned, "notifications/cancelled", {"requestId": id_}, session)[0] == 202
     assert receive(talk).endswith(b"\r\n0\r\n\r\n")  # a proper end, not a broken stream
     assert not bob.waits()
@@ -1235,7 +1209,7 @@ def test_a_cancelled_notification_ends_the_waiting_call_of_its_session(tuned: Se
 
 def test_a_cancellation_that_names_no_call_of_its_session_cancels_nothing(tuned: Server) -> None:
     ann, bob, session = Agent(tuned), Agent(tuned, LEGACY), session_of(tuned)
-    talk = bob.begin_read(7, f"mcp-session-id: {session}\r\n")
+    talk = bob.begin_read(7, {"mcp-session-id": session})
     for other, id_ in ((session_of(tuned), 7), ("", 7), (session, 8), (session, "7"), (session, None), (session, [7])):
         assert tell(tuned, "notifications/cancelled", {"requestId": id_}, other)[0] == 202
     assert ann.send(bob.alias, "hello")["waiting"] == 1
@@ -1331,25 +1305,19 @@ def test_an_allowed_host_gets_in_and_others_still_do_not(tuned: Server) -> None:
     assert [ask(tuned, "/health", headers={"host": host})[0] for host in hosts] == [200, 200, 421]
 
 
-ENDS = ["", TOKEN[:-1], f"{TOKEN}x", f"{TOKEN} {TOKEN}", TOKEN.upper(), "\u00fcmlaut-letters!"]
+RIGHT = [f"Bearer {TOKEN}{blanks}" for blanks in ("", " ", " \t  ")]
+WRONG = ["", TOKEN[:-1], f"{TOKEN}x", f"{TOKEN} {TOKEN}", TOKEN.upper(), "\u00fcmlaut-letters!"]
 
 
 @both_eras
-@pytest.mark.parametrize("sent", [None, TOKEN, f"Basic {TOKEN}", *(f"Bearer {end}" for end in ENDS)])
-def test_without_the_right_token_mcp_and_events_answer_401(guarded: Server, era: str, sent: str | None) -> None:
-    body, headers = rpc(era, "register", {})
+@pytest.mark.parametrize("sent", [*RIGHT, None, TOKEN, f"Basic {TOKEN}", *(f"Bearer {wrong}" for wrong in WRONG)])
+def test_mcp_and_events_answer_401_without_the_right_token(guarded: Server, era: str, sent: str | None) -> None:
+    body, headers = rpc(era, "known_hosts", {})
     headers |= {"authorization": sent} if sent else {}
     for method, path in (("POST", "/mcp"), ("HEAD", "/events")):
         status, answered, text = ask(guarded, path, body, headers, method)
-        assert (status, "www-authenticate" in answered, TOKEN in f"{answered}{text!r}") == (401, True, False)
-
-
-@both_eras
-@pytest.mark.parametrize("blanks", ["", " ", " \t  "])
-def test_the_right_token_gets_in_with_blanks_behind_it_too(guarded: Server, era: str, blanks: str) -> None:
-    body, headers = rpc(era, "known_hosts", {})
-    status, _, text = ask(guarded, "/mcp", body, headers | {"authorization": f"Bearer {TOKEN}{blanks}"})
-    assert (status, b'"hosts":[]' in text) == (200, True)
+        assert (status, "www-authenticate" in answered) == ((200, False) if sent in RIGHT else (401, True))
+        assert TOKEN not in f"{answered}{text!r}"
 
 
 def test_health_has_four_keys_and_needs_no_token(guarded: Server) -> None:
@@ -1360,8 +1328,8 @@ def test_health_has_four_keys_and_needs_no_token(guarded: Server) -> None:
 
 
 @pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """PEM files of a self-signed certificate for 127.0.0.1, and of its key."""
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PEM file of a self-signed certificate for 127.0.0.1, and of its key."""
     key, pem = ec.generate_private_key(ec.SECP256R1()), serialization.Encoding.PEM
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "junction test")])
     day, now = timedelta(days=1), datetime.now(timezone.utc)
@@ -1369,27 +1337,31 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - day, now + day)
     authority = x509.BasicConstraints(ca=True, path_length=None)
     built = builder.add_extension(address, False).add_extension(authority, True).sign(key, hashes.SHA256())
-    folder = tmp_path_factory.mktemp("tls")
-    (folder / "cert.pem").write_bytes(built.public_bytes(pem))
     private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / "key.pem").write_bytes(private)
-    return str(folder / "cert.pem"), str(folder / "key.pem")
+    file = tmp_path_factory.mktemp("tls") / "both.pem"
+    file.write_bytes(built.public_bytes(pem) + private)
+    return str(file)
+
+
+HOSTS = {"desk": "http://10.0.0.7:4200", "attic": "http://[fd00::1]:4300", "far": "https://far.example:4200"}
 
 
 @pytest.fixture(scope="session")
-def tls_server(certificate: tuple[str, str]) -> Iterator[Server]:
+def tls_server(certificate: str) -> Iterator[Server]:
     """A server with a certificate that no system trusts, a token and known hosts."""
-    files = ["--tls-cert", certificate[0], "--tls-key", certificate[1]]
-    hosts = "desk=10.0.0.7, attic=[fd00::1]:4300, far=https://junction.example"
-    with running(*files, "--known-hosts", hosts, JUNCTION_TOKEN=TOKEN) as started:
+    files = ["--tls-cert", certificate, "--tls-key", certificate]
+    with running(
+        *files, "--known-hosts", "desk=10.0.0.7, attic=[fd00::1]:4300, far=https://far.example", JUNCTION_TOKEN=TOKEN
+    ) as started:
         yield started
 
 
 @both_eras
-async def test_it_speaks_tls(tls_server: Server, certificate: tuple[str, str], era: str) -> None:
-    trust = ssl.create_default_context(cafile=certificate[0])
+async def test_it_speaks_tls_and_names_the_known_hosts(tls_server: Server, certificate: str, era: str) -> None:
+    trust = ssl.create_default_context(cafile=certificate)
+    hosts = [{"name": name, "mcp_url": f"{at}/mcp", "health_url": f"{at}/health"} for name, at in HOSTS.items()]
     async with Client(tls_server.url, auth=TOKEN, verify=trust, mode=era) as client:
-        assert [host["name"] for host in (await call(client, "known_hosts"))["hosts"]] == ["desk", "attic", "far"]
+        assert await call(client, "known_hosts") == {"hosts": hosts}
 
 
 # --- What it withstands -----------------------------------------------------------------------------------------------
@@ -1420,15 +1392,10 @@ def test_a_head_above_64_kib_is_refused_even_in_one_packet(server: Server, lengt
     assert receive(connect(server, head.encode())).startswith(b"HTTP/1.1 404") == (length < 65_536)
 
 
-CHUNKED = "transfer-encoding: chunked\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    "start", ["x: ", f"{CHUNKED}fffffff\r\n", f"{CHUNKED}0\r\nx: "], ids=["header", "body", "trailer"]
-)
+@pytest.mark.parametrize("start", ["x: ", "\r\nfffffff\r\n", "\r\n0\r\nx: "], ids=["header", "body", "trailer"])
 def test_an_endless_request_is_cut_off_before_it_takes_memory(server: Server, start: str) -> None:
     before = resident(server)
-    head = f"POST /mcp HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{start}".encode()
+    head = f"POST /mcp HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n{start}".encode()
     with connect(server, head) as talk, contextlib.suppress(ConnectionError):
         for _ in range(50):
             talk.sendall(b"y" * 1_000_000)
@@ -1447,11 +1414,9 @@ def test_unfinished_requests_are_closed_in_time_and_others_served(tuned: Server)
 
 
 @LINUX
-@pytest.mark.parametrize(
-    "token", ["", "authorization: Bearer sixteen-letters!\r\n"], ids=["without the token", "with it"]
-)
-def test_a_thousand_unfinished_bodies_take_130_mb_at_most(guarded: Server, token: str) -> None:
-    request = on_the_wire(b"y" * 250_000, rpc(MODERN, "known_hosts", {})[1], token)[:200_000]
+@pytest.mark.parametrize("token", [{}, {"authorization": RIGHT[0]}], ids=["without the token", "with it"])
+def test_a_thousand_unfinished_bodies_take_130_mb_at_most(guarded: Server, token: dict[str, str]) -> None:
+    request = on_the_wire(b"y" * 250_000, rpc(MODERN, "known_hosts", {})[1] | token)[:200_000]
     before = resident(guarded)
     with contextlib.ExitStack() as stack:
         for _ in range(1_000):
@@ -1465,14 +1430,11 @@ def test_a_thousand_unfinished_bodies_take_130_mb_at_most(guarded: Server, token
 
 @both_eras
 @pytest.mark.parametrize("together", [True, False], ids=["in one packet", "later"])
-def test_a_request_behind_a_waiting_one_ends_the_connection_and_hides_no_reset(
-    tuned: Server, era: str, together: bool
-) -> None:
+def test_a_request_behind_a_waiting_one_ends_the_connection(tuned: Server, era: str, together: bool) -> None:
     bob, more = Agent(tuned, era), b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
-    if together:
-        talk = connect(tuned, bob.request("read_messages", wait_seconds=60) + more)
-    else:
-        talk = bob.begin_read()
+    talk = connect(tuned, bob.request("read_messages", wait_seconds=60) + more * together)
+    if not together:
+        until(bob.waits)
         talk.sendall(more)
     assert not re.search(b'"(messages|status)"', receive(talk))
     until(lambda: not bob.waits())
@@ -1515,14 +1477,10 @@ def test_the_process_is_closed_to_others_of_its_user_and_leaves_no_core(tuned: S
 
 
 def test_neither_dotenv_nor_variables_of_libraries_change_anything(tmp_path: Path) -> None:
-    variables: dict[str, Any] = {
-        "FASTMCP_STREAMABLE_HTTP_PATH": "/elsewhere",
-        "fastmcp_log_level": "x",
-        "OTEL_PROPAGATORS": "b3",
-    }
+    variables: dict[str, Any] = {"FASTMCP_STREAMABLE_HTTP_PATH": "/elsewhere", "fastmcp_log_level": "x"}
     (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
     there = f"import os; os.chdir({str(tmp_path)!r})"
-    with running(code=there, OTEL_PYTHON_TRACER_PROVIDER="x", **variables) as server:
+    with running(code=there, OTEL_PROPAGATORS="b3", OTEL_PYTHON_TRACER_PROVIDER="x", **variables) as server:
         assert [raw(server, era, "known_hosts") for era in ERAS] == [{"hosts": []}] * 2
         assert server.stops_in_silence()
 
@@ -1546,8 +1504,8 @@ for name in [*logging.root.manager.loggerDict]:
                 (bob, "read_messages", {"session_id": "swordfish"}),
                 (bob, "swordfish", {}),
             ):
-                lines = "authorization: Bearer swordfish\r\nconnection: close\r\n"
-                request = caller.request(tool, lines=lines, **arguments)
+                headers = {"authorization": "Bearer swordfish", "connection": "close"}
+                request = caller.request(tool, headers=headers, **arguments)
                 for sent in (request.replace(b"{", b"[", 1), request):
                     assert receive(connect(there, sent)).startswith(b"HTTP/1.1 ")
                 for go in (reset, socket.socket.close):
@@ -1577,33 +1535,17 @@ def test_an_output_that_takes_nothing_neither_stops_nor_holds_up_the_server(wher
 
 @POSIX
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_it_and_one_line_says_what_went(how: signal.Signals) -> None:
-    with running() as there:
-        ann, bob = Agent(there), Agent(there, LEGACY)
-        for text in ("one", "two", "three"):
-            ann.send(bob.alias, text)
-        assert there.stops_in_silence(how)
-        assert there.said().count("3 unread") == 1
-
-
-@POSIX
-def test_stopping_answers_500_waiting_calls_of_both_eras_within_3_seconds() -> None:
+def test_a_signal_stops_it_within_3_s_answering_500_waiting_calls_and_saying_what_went(how: signal.Signals) -> None:
     with running() as there:
         bobs = [Agent(there, era) for era in ERAS * 250]
+        for text in ("one", "two", "three"):
+            bobs[0].send(Agent(there).alias, text)
         talks = [connect(there, bob.request("read_messages", wait_seconds=600)) for bob in bobs]
         until(lambda: len(waiting(there)) == 500)
-        assert there.stops_in_silence()
+        assert there.stops_in_silence(how)
+        assert there.said().count("3 unread") == 1
         for talk in talks:
             receive(talk, b"shutting down")
-
-
-async def test_a_sweep_that_fails_is_said_and_ends_nothing(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    server = app.Server(uvicorn.Config("none"))
-    monkeypatch.setattr(app.junction, "sweep", lambda: (_ for _ in ()).throw(RuntimeError("swordfish")))
-    assert not await server.on_tick(1)
-    assert capfd.readouterr().out == "the sweep for idle peers failed: RuntimeError\n"
 
 
 @LINUX
@@ -1727,18 +1669,16 @@ def answering(handle: Callable[[Any], None]) -> Iterator[str]:
 @pytest.fixture
 def other_http(request: pytest.FixtureRequest) -> Iterator[str]:
     """The address of an HTTP server that is no junction; the test can say what it answers."""
-    answer = getattr(request, "param", "text/plain\r\n\r\nhi")
+    answer = getattr(request, "param", "hi")
 
     def handle(self: Any) -> None:
         while self.rfile.readline().strip():
             pass
-        self.wfile.write(f"HTTP/1.0 200 OK\r\ncontent-type: {answer}".encode())
+        self.wfile.write(f"HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n{answer}".encode())
 
     with answering(handle) as address:
         yield address
 
-
-# --- The start --------------------------------------------------------------------------------------------------------
 
 kinds_of_server = pytest.mark.parametrize("kind", ["server", "tls_server", "lan_server"])
 
@@ -1779,8 +1719,8 @@ def test_what_is_to_be_pasted_does_what_it_should(kind: str, request: pytest.Fix
 
 def test_the_greeting_names_mode_health_and_known_hosts_and_no_given_token(tls_server: Server) -> None:
     text = tls_server.said()
-    hosts = ["http://10.0.0.7:4200/mcp", "http://[fd00::1]:4300/mcp", "https://junction.example:4200/mcp"]
-    assert [part for part in ("localhost", f"{tls_server.base}/health", *hosts) if part not in text] == []
+    parts = ["localhost", tls_server.url.replace("/mcp", "/health"), *(f"{at}/mcp" for at in HOSTS.values())]
+    assert [part for part in parts if part not in text] == []
     assert TOKEN not in text
 
 
@@ -1812,12 +1752,11 @@ BAD = [(option, value, repr(value)) for option, values in BAD_VALUES.items() for
     ("known-hosts", ",".join(f"desk{number}=10.0.0.1" for number in range(1_000)), "1000 hosts"),
     *(("token", value, f"{len(value)} characters") for value in ("short", "x" * 15, "sixteen letters!", "ü" * 16)),
 ]
-VARIABLES = {option: f"JUNCTION_{option.upper().replace('-', '_')}" for option in [*BAD_VALUES, "token"]}
 
 
 @pytest.mark.parametrize(("option", "value", "part"), BAD)
 def test_a_bad_value_stops_the_start_naming_it(cli: Cli, option: str, value: str, part: str) -> None:
-    variable = VARIABLES[option]
+    variable = f"JUNCTION_{option.upper().replace('-', '_')}"
     for name, ended in ((f"--{option}", cli(f"--{option}={value}")), (variable, cli(**{variable: value}))):
         line = ended.line(2)
         assert name in line
@@ -1825,10 +1764,10 @@ def test_a_bad_value_stops_the_start_naming_it(cli: Cli, option: str, value: str
         assert option != "token" or value not in line
 
 
-def test_tls_files_that_do_not_fit_stop_the_start(cli: Cli, certificate: tuple[str, str]) -> None:
-    cert, key = certificate
-    for options in (["--tls-cert", cert], ["--tls-key", key], ["--tls-cert", key, "--tls-key", cert]):
-        assert options[1] in cli(*options).line(2)
+def test_tls_files_that_do_not_fit_stop_the_start(cli: Cli, certificate: str) -> None:
+    for files in (["--tls-cert", certificate], ["--tls-key", certificate, "--tls-cert", __file__]):
+        assert files[-1] in cli(*files).line(2)
+    assert certificate in cli("--tls-key", certificate).line(2)
 
 
 def test_a_taken_port_is_said_and_whether_a_junction_is_there(cli: Cli, server: Server, other_http: str) -> None:
@@ -1838,23 +1777,12 @@ def test_a_taken_port_is_said_and_whether_a_junction_is_there(cli: Cli, server: 
         assert ("junction answers" in line) is is_one
 
 
-CLIENT = "--url JUNCTION_URL --token JUNCTION_TOKEN --session JUNCTION_SESSION --ca JUNCTION_CA"
-HELP = {
-    "": " ".join(["serve peers watch send read", *(f"--{option} {name}" for option, name in VARIABLES.items())]),
-    "serve": "--port 4200",
-    "peers": f"--role --json {CLIENT}",
-    "watch": "--json --url --token --ca",
-    "send": f"alias message --wait {CLIENT}",
-    "read": f"--wait --from --output --raw --json {CLIENT}",
-}
-
-
-@pytest.mark.parametrize("command", HELP)
-def test_help_names_each_command_option_and_variable_within_80_columns(cli: Cli, command: str) -> None:
+@pytest.mark.parametrize("command", ["", "serve", "peers", "watch", "send", "read"])
+def test_help_fits_80_columns_and_without_a_command_has_the_servers_options_too(cli: Cli, command: str) -> None:
     ended = cli(*command.split(), "--help")
     assert ended == cli(*command.split(), "-h")
-    assert (ended.code, [word for word in HELP[command].split() if word not in ended.out]) == (0, [])
-    assert max(map(len, ended.out.splitlines())) <= 80
+    assert (ended.code, max(map(len, ended.out.splitlines())) <= 80) == (0, True)
+    assert command or re.search(r"(?s)│ watch .*--sweep-interval-ms .*env var: JUNCTION_SWEEP_INTERVAL_MS", ended.out)
 
 
 def test_the_version_is_shown(cli: Cli) -> None:
@@ -1877,8 +1805,6 @@ def test_the_log_has_a_line_for_what_happens_and_none_for_visits(cli: Cli) -> No
     facts += [f"{b} left, 2 unread", f"{a} fell idle", "the junction stopped, 0 unread"]
     assert all(fact in line for fact, line in zip(facts, lines, strict=True)), lines
 
-
-# --- The commands -----------------------------------------------------------------------------------------------------
 
 SECRETS = [b"API_KEY=swordfish\n", b"\n\r\n\0\x1b[31m\xf0\x9f\x97\xa1", "日".encode() * 10_922 + b"xx"]
 
@@ -2013,9 +1939,6 @@ def test_watch_elsewhere_is_a_line_or_a_document_for_each_event_and_comes_back()
     assert all(datetime.fromisoformat(event["timestamp"]) for event in events)
 
 
-# --- When things go wrong ---------------------------------------------------------------------------------------------
-
-
 @POSIX
 def test_on_a_terminal_a_wait_shows_that_it_lives_and_a_typed_message_can_be_sent(server: Server) -> None:
     with Shell("read", "--wait", "20", terminal=True, JUNCTION_URL=server.url) as reader:
@@ -2060,32 +1983,26 @@ def test_a_failure_is_one_line_and_an_exit_code_and_leaves_no_peer(
     assert peers_here(server) == before
 
 
+@pytest.mark.parametrize("other_http", ["hi", "[]", '{"result": null}', '{"result": {"isError": true}}'], indirect=True)
 @pytest.mark.parametrize("command", ["peers", "watch", "read --wait 9"])
 def test_where_no_junction_answers_the_exit_code_is_4(cli: Cli, server: Server, other_http: str, command: str) -> None:
-    nobody, other = f"http://127.0.0.1:{free_port()}", server.base.replace("http", "https")
+    nobody, other = f"http://127.0.0.1:{free_port()}", server.url.replace("http", "https").removesuffix("/mcp")
     for url in (nobody, other, other_http):
-        assert f"{url}: " in cli(*command.split(), at=url).line(4)
+        assert f"{url}: " in (line := cli(*command.split(), at=url).line(4))
+    assert command == "watch" or "not a junction" in line
 
 
-ANSWERS = [f"application/json\r\n\r\n{text}" for text in ("[]", '{"result": null}', '{"result": {"isError": true}}')]
-
-
-@pytest.mark.parametrize("other_http", [*ANSWERS, "text/event-stream\r\n\r\ndata: x"], indirect=True)
-def test_an_answer_that_is_no_junctions_is_one_line(cli: Cli, other_http: str) -> None:
-    assert "not a junction" in cli("peers", at=other_http).line(4)
-
-
-def test_a_certificate_that_does_not_fit_is_said(cli: Cli, tls_server: Server, certificate: tuple[str, str]) -> None:
+def test_a_certificate_that_does_not_fit_is_said(cli: Cli, tls_server: Server, certificate: str) -> None:
     assert "--ca (JUNCTION_CA)" in cli("peers", at=tls_server.url).line(4)
-    wrong_name = cli("peers", "--ca", certificate[0], at=tls_server.url.replace("127.0.0.1", "localhost")).line(4)
+    wrong_name = cli("peers", "--ca", certificate, at=tls_server.url.replace("127.0.0.1", "localhost")).line(4)
     assert "mismatch" in wrong_name
     assert "--ca" not in wrong_name
 
 
 def test_an_authority_and_a_token_can_be_given_by_option_or_variable(
-    cli: Cli, tls_server: Server, certificate: tuple[str, str]
+    cli: Cli, tls_server: Server, certificate: str
 ) -> None:
-    cert, at = certificate[0], tls_server.url
+    cert, at = certificate, tls_server.url
     assert cli("peers", "--ca", cert, "--token", TOKEN, at=at).code == 0
     assert cli("peers", at=at, JUNCTION_CA=cert, JUNCTION_TOKEN=TOKEN).code == 0
     for wrong in ({}, {"JUNCTION_TOKEN": "swordfish-swordfish"}):
@@ -2101,7 +2018,7 @@ def test_no_proxy_no_servers_variable_and_no_blank_session_concerns_a_client_on_
     proxy = f"http://127.0.0.1:{free_port()}"
     variables = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy"), proxy) | {"NO_PROXY": ""}
     variables |= dict.fromkeys(("JUNCTION_PORT", "JUNCTION_TLS_CERT", "JUNCTION_KNOWN_HOSTS", "JUNCTION_HOST"), "x")
-    for url in (server.url, server.base, server.base + "/", server.url.replace("127.0.0.1", "localhost")):
+    for url in (server.url, server.url[:-4], server.url[:-3], server.url.replace("127.0.0.1", "localhost")):
         assert cli("peers", at=url, JUNCTION_SESSION=" ", **variables).code == 0
 
 
