@@ -936,12 +936,15 @@ def waiting(server: Server) -> list[str]:
         return [peer["alias"] for peer in next(events)["peers"] if peer["waiting"]]
 
 
-def peers_here(server: Server) -> int:
-    return int(json.loads(ask(server, "/health")[2])["activePeers"])
+def get(server: Server, path: str) -> Any:
+    status, _, text = ask(server, path)
+    assert status == 200
+    return json.loads(text)
 
 
 # What takes too long to wait for is made short. A connection with the header x-reset is reset in the very turn of the
-# event loop in which a message wakes its read. /inside tells about the process; /flood sends 12,000 messages in it.
+# event loop in which a message wakes its read. /inside counts connections (that one too) and listeners (the log too), and
+# tells whether others may read its memory. /flood sends 12,000 messages in the process.
 TUNED = """
 import asyncio, ctypes, junction, sse_starlette, time
 import mcp.server._streamable_http_modern as modern
@@ -963,8 +966,8 @@ junction.Wait.ring = ring_and_reset
 @junction.mcp.custom_route("/inside", methods=["GET"])
 async def inside(_request):
     dumpable = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)  # PR_GET_DUMPABLE
-    listeners = len(junction.junction.listeners)
-    return JSONResponse([len(servers[0].server_state.connections), dumpable, listeners])
+    connections, listeners = len(servers[0].server_state.connections), len(junction.junction.listeners)
+    return JSONResponse({"connections": connections, "dumpable": dumpable, "listeners": listeners})
 
 @junction.mcp.custom_route("/flood", methods=["GET"])
 async def flood(_request):
@@ -985,11 +988,6 @@ junction.mcp.http_app = lambda **_options: made(stateless_http=True, host_origin
 server, guarded, lan_server = served(), served(JUNCTION_TOKEN=TOKEN), served("--host", "0.0.0.0")
 tuned = served("--allowed-hosts", "desk.local, fd00::7", code=TUNED)
 sdk_server = served(code=SDK)  # the same tools, served as FastMCP and the SDK do it
-
-
-def inside(server: Server) -> Any:
-    """The tuned server's connections, this one included; whether others may read its memory; its log and watchers."""
-    return json.loads(ask(server, "/inside")[2])
 
 
 # --- The tools over HTTP ----------------------------------------------------------------------------------------------
@@ -1197,9 +1195,13 @@ def test_an_older_client_is_given_a_random_session_id_that_nothing_needs(tuned: 
 
 
 @pytest.mark.parametrize(("id_", "more"), [(7, {}), ("seven", {}), (7, {"accept": "*/*"})])  # the SDK's own way
-def test_a_cancelled_notification_ends_the_waiting_call_of_its_session(tuned: Server, id_: Any, more: Any) -> None:
+def test_a_cancelled_notification_ends_the_call_that_it_names_and_no_other(tuned: Server, id_: Any, more: Any) -> None:
     ann, bob, session = Agent(tuned), Agent(tuned, LEGACY), session_of(tuned)
     talk = bob.begin_read(id_, {"mcp-session-id": session, "connection": "close", **more})
+    no_such_call = [(session_of(tuned), id_), ("", id_), *((session, other) for other in (8, "7", None, [id_]))]
+    for other_session, other in no_such_call:
+        assert tell(tuned, "notifications/cancelled", {"requestId": other}, other_session)[0] == 202
+    assert bob.waits()
     assert tell(tuned, "notifications/cancelled", {"requestId": id_}, session)[0] == 202
     assert receive(talk).endswith(b"\r\n0\r\n\r\n")  # a proper end, not a broken stream
     assert not bob.waits()
@@ -1207,23 +1209,8 @@ def test_a_cancelled_notification_ends_the_waiting_call_of_its_session(tuned: Se
     assert bob.read() == ["hello"]
 
 
-def test_a_cancellation_that_names_no_call_of_its_session_cancels_nothing(tuned: Server) -> None:
-    ann, bob, session = Agent(tuned), Agent(tuned, LEGACY), session_of(tuned)
-    talk = bob.begin_read(7, {"mcp-session-id": session})
-    for other, id_ in ((session_of(tuned), 7), ("", 7), (session, 8), (session, "7"), (session, None), (session, [7])):
-        assert tell(tuned, "notifications/cancelled", {"requestId": id_}, other)[0] == 202
-    assert ann.send(bob.alias, "hello")["waiting"] == 1
-    receive(talk, b"hello")
-
-
-# --- The SDK's own way is the yardstick -------------------------------------------------------------------------------
-
-
-Variant = tuple[str, str, dict[str, Any]]
-
-
 # fmt: off
-def variants() -> Iterator[Variant]:
+def variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Ways to change a call of known_hosts: a text in its body, what is there instead, and headers (None: left out)."""
     yield "", "", {}
     headers: dict[str, list[Any]] = {  # in capitals: one more of that name, behind the first
@@ -1254,7 +1241,7 @@ def variants() -> Iterator[Variant]:
 # fmt: on
 
 
-def outcome(server: Server, era: str, variant: Variant) -> tuple[int, Any]:
+def outcome(server: Server, era: str, variant: Any) -> tuple[int, Any]:
     """What comes back: the result where there is one, the body as it is where there is none."""
     old, new, changes = variant
     body, headers = rpc(era, "known_hosts", {})
@@ -1272,7 +1259,7 @@ def outcome(server: Server, era: str, variant: Variant) -> tuple[int, Any]:
 @both_eras
 @pytest.mark.parametrize("variant", [*variants()])
 def test_a_request_is_answered_as_the_sdk_answers_it(
-    server: Server, sdk_server: Server, era: str, variant: Variant
+    server: Server, sdk_server: Server, era: str, variant: Any
 ) -> None:
     assert outcome(server, era, variant) == outcome(sdk_server, era, variant)
 
@@ -1321,10 +1308,9 @@ def test_mcp_and_events_answer_401_without_the_right_token(guarded: Server, era:
 
 
 def test_health_has_four_keys_and_needs_no_token(guarded: Server) -> None:
-    status, _, text = ask(guarded, "/health")
-    uptime = json.loads(text)["uptime"]
-    health = {"status": "ok", "mode": "localhost", "activePeers": 0, "uptime": uptime}
-    assert (status, type(uptime), json.loads(text)) == (200, int, health)
+    health = get(guarded, "/health")
+    assert type(health.pop("uptime")) is int
+    assert health == {"status": "ok", "mode": "localhost", "activePeers": 0}
 
 
 @pytest.fixture(scope="session")
@@ -1362,6 +1348,9 @@ async def test_it_speaks_tls_and_names_the_known_hosts(tls_server: Server, certi
     hosts = [{"name": name, "mcp_url": f"{at}/mcp", "health_url": f"{at}/health"} for name, at in HOSTS.items()]
     async with Client(tls_server.url, auth=TOKEN, verify=trust, mode=era) as client:
         assert await call(client, "known_hosts") == {"hosts": hosts}
+    assert [
+        host for host in hosts if f"\nKnown host: {host['name']} {host['mcp_url']}\n" not in tls_server.said()
+    ] == []
 
 
 # --- What it withstands -----------------------------------------------------------------------------------------------
@@ -1445,7 +1434,7 @@ def test_a_client_that_does_not_take_its_answer_is_closed(tuned: Server) -> None
     ann, bob = Agent(tuned), Agent(tuned)
     ann.send(bob.alias, "\n" * 15_000 + "日" * 5_000)
     talk = connect(tuned, bob.request("read_messages"), deaf=True)
-    until(lambda: inside(tuned)[0] == 1)
+    until(lambda: get(tuned, "/inside")["connections"] == 1)
     assert b'"remaining":0' not in receive(talk)
 
 
@@ -1472,7 +1461,7 @@ def test_any_body_and_any_arguments_get_an_answer_below_500(tuned: Server, era: 
 
 @LINUX
 def test_the_process_is_closed_to_others_of_its_user_and_leaves_no_core(tuned: Server) -> None:
-    assert inside(tuned)[1] == 0
+    assert get(tuned, "/inside")["dumpable"] == 0
     assert re.search(r"core file size +0 +0", Path(f"/proc/{tuned.process.pid}/limits").read_text())
 
 
@@ -1492,24 +1481,23 @@ import junction, logging
 logging.basicConfig(level=1)
 for name in [*logging.root.manager.loggerDict]:
     logging.getLogger(name).setLevel(1)"""
+    headers = {"authorization": "Bearer swordfish", "connection": "close"}
     with running(code=careless) as there:
         for ann, bob in ((Agent(there, era), Agent(there, era)) for era in ERAS):
-            message = {"target_alias": bob.alias, "message": "swordfish"}
-            for caller, tool, arguments in (
-                (ann, "send_message", message),
-                (ann, "send_message", message | {"message": ["swordfish"]}),
-                (ann, "send_message", message | {"target_alias": "swordfish"}),
-                (bob, "read_messages", {}),
-                (bob, "read_messages", {"again": True}),
-                (bob, "read_messages", {"session_id": "swordfish"}),
-                (bob, "swordfish", {}),
+            message = {"target_alias": ann.alias, "message": "swordfish"}
+            for tool, arguments in (
+                ("send_message", message),
+                ("send_message", message | {"message": ["swordfish"]}),
+                ("send_message", message | {"target_alias": "swordfish"}),
+                ("read_messages", {"session_id": "swordfish"}),
+                ("swordfish", {}),
             ):
-                headers = {"authorization": "Bearer swordfish", "connection": "close"}
-                request = caller.request(tool, headers=headers, **arguments)
+                request = bob.request(tool, headers=headers, **arguments)
                 for sent in (request.replace(b"{", b"[", 1), request):
                     assert receive(connect(there, sent)).startswith(b"HTTP/1.1 ")
                 for go in (reset, socket.socket.close):
                     go(connect(there, request[:-5]))
+            assert ann.read() == [entry["message"] for entry in ann("read_messages", again=True)["messages"]]
             reset(bob.begin_read())
             assert not re.search(f"{ann.session_id}|{bob.session_id}", there.said())
         assert there.stops_in_silence()
@@ -1530,9 +1518,6 @@ def test_an_output_that_takes_nothing_neither_stops_nor_holds_up_the_server(wher
     os.close(pipe)
 
 
-# --- Stopping, sweeping, watching -------------------------------------------------------------------------------------
-
-
 @POSIX
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_within_3_s_answering_500_waiting_calls_and_saying_what_went(how: signal.Signals) -> None:
@@ -1550,12 +1535,12 @@ def test_a_signal_stops_it_within_3_s_answering_500_waiting_calls_and_saying_wha
 
 @LINUX
 def test_a_watcher_that_never_reads_is_dropped_and_holds_up_nobody(tuned: Server) -> None:
-    usual, before = json.loads(ask(tuned, "/flood")[2]), resident(tuned)
+    usual, before = get(tuned, "/flood"), resident(tuned)
     with connect(tuned, b"GET /events HTTP/1.1\r\nhost: localhost\r\n\r\n", deaf=True) as talk:
-        assert json.loads(ask(tuned, "/flood")[2]) < 5 * usual
-        assert inside(tuned)[2] == 1
+        assert get(tuned, "/flood") < 5 * usual
+        assert get(tuned, "/inside")["listeners"] == 1
         assert resident(tuned) - before < 30_000_000
-        until(lambda: inside(tuned)[0] == 1)
+        until(lambda: get(tuned, "/inside")["connections"] == 1)
         assert receive(talk).count(b"event: message_sent") < 10_000
 
 
@@ -1564,7 +1549,7 @@ def test_watchers_beyond_the_limit_get_503_until_one_goes(tuned: Server) -> None
         for _ in range(app.WATCHERS):
             stack.enter_context(watching(tuned))
         assert ask(tuned, "/events", method="HEAD")[0] == 503
-    until(lambda: inside(tuned)[0] == 1)
+    until(lambda: get(tuned, "/inside")["connections"] == 1)
     assert waiting(tuned) == []
 
 
@@ -1607,7 +1592,7 @@ def cli(server: Server, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.Cap
         signal.signal(number, handler)
 
 
-class Shell:
+class Shell(contextlib.AbstractContextManager["Shell"]):
     """agent-junction in a process of its own. `said`: all that it writes, to a terminal or to a pipe."""
 
     def __init__(self, *arguments: str, terminal: bool = False, **variables: str) -> None:
@@ -1626,9 +1611,6 @@ class Shell:
         with contextlib.suppress(OSError):  # a terminal that nobody has open any more
             while data := os.read(self.ours, 65_536):
                 self.said += data.decode("utf-8", "replace")
-
-    def __enter__(self) -> Shell:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
@@ -1712,16 +1694,11 @@ def test_what_is_to_be_pasted_does_what_it_should(kind: str, request: pytest.Fix
     added = f"mcp|add|--scope|user|--transport|http|junction|{url}|{header}"
     assert pasted.stdout.decode().splitlines() == [added, f"mcp|add|junction|--url|{url}|{variable}", added]
     assert f"\n  export JUNCTION_URL={url}\n" in text
+    assert f"Mode: {'lan' if kind == 'lan_server' else 'localhost'}. Health: {url.replace('/mcp', '/health')}\n" in text
+    assert TOKEN not in text
     entry, _ = json.JSONDecoder().raw_decode(text, text.index('{"mcpServers'))
     headers = {"headers": {"Authorization": "Bearer ${JUNCTION_TOKEN}"}} if token else {}
     assert entry == {"mcpServers": {"junction": {"type": "http", "url": url, **headers}}}
-
-
-def test_the_greeting_names_mode_health_and_known_hosts_and_no_given_token(tls_server: Server) -> None:
-    text = tls_server.said()
-    parts = ["localhost", tls_server.url.replace("/mcp", "/health"), *(f"{at}/mcp" for at in HOSTS.values())]
-    assert [part for part in parts if part not in text] == []
-    assert TOKEN not in text
 
 
 def test_lan_mode_makes_a_token_and_wants_it(lan_server: Server) -> None:
@@ -1919,11 +1896,12 @@ def test_watch_elsewhere_is_a_line_or_a_document_for_each_event_and_comes_back()
             documents = stack.enter_context(Shell("watch", "--json", JUNCTION_URL=there.url))
             plain.hear("0 here\n")
             documents.hear("snapshot.*\n")
-            ann, bob = Agent(there, role="ux"), Agent(there)
+            ann, bob = Agent(there, role="ux"), Agent(there, LEGACY)
             ann.send(bob.alias, "swordfish")
             bob.read()
+            bob("disconnect")
             plain.hear(f"{ann.alias} joined .*ux.*\n(.*\n)*.*{ann.alias} wrote to {bob.alias}, 9 bytes\n")
-            plain.hear(f"{bob.alias} read 1\\b.*\n")
+            plain.hear(f"{bob.alias} read 1\\b.*\n.*{bob.alias} left, 0 unread.*\n")
             assert there.stops_in_silence()
         plain.hear("stopped.*\n")
         with running(port=port) as again:
@@ -1932,11 +1910,12 @@ def test_watch_elsewhere_is_a_line_or_a_document_for_each_event_and_comes_back()
             again.process.kill()  # which ends neither of them
             documents.hear("(?s)junction_lost.*junction_lost.*\n")
             assert (plain.end(signal.SIGINT), documents.end(signal.SIGTERM)) == (130, 130)
-    assert not re.search("None|swordfish", plain.said + documents.said), plain.said
+    assert not re.search(f"None|swordfish|{ann.session_id}|{bob.session_id}", plain.said + documents.said), plain.said
     events = [json.loads(line) for line in documents.said.splitlines()[:-1]]
+    assert events[0].keys() == {"event", "timestamp", "mode", "uptime", "peers"}
     happened = [event["event"] for event in events if event["event"] != "snapshot"]
-    assert happened[:4] == ["peer_joined", "peer_joined", "message_sent", "messages_read"]
-    assert all(datetime.fromisoformat(event["timestamp"]) for event in events)
+    assert happened[:5] == ["peer_joined", "peer_joined", "message_sent", "messages_read", "peer_left"]
+    assert {datetime.fromisoformat(event["timestamp"]).utcoffset() for event in events} == {timedelta(0)}
 
 
 @POSIX
@@ -1976,11 +1955,11 @@ FAILURES = [
 def test_a_failure_is_one_line_and_an_exit_code_and_leaves_no_peer(
     cli: Cli, server: Server, arguments: str, stdin: bytes, code: int, part: str
 ) -> None:
-    before = peers_here(server)
+    before = get(server, "/health")["activePeers"]
     line = cli(*arguments.split(), stdin=stdin).line(code)
     assert part in line
     assert "swordfish" not in line
-    assert peers_here(server) == before
+    assert get(server, "/health")["activePeers"] == before
 
 
 @pytest.mark.parametrize("other_http", ["hi", "[]", '{"result": null}', '{"result": {"isError": true}}'], indirect=True)
@@ -2002,12 +1981,12 @@ def test_a_certificate_that_does_not_fit_is_said(cli: Cli, tls_server: Server, c
 def test_an_authority_and_a_token_can_be_given_by_option_or_variable(
     cli: Cli, tls_server: Server, certificate: str
 ) -> None:
-    cert, at = certificate, tls_server.url
-    assert cli("peers", "--ca", cert, "--token", TOKEN, at=at).code == 0
-    assert cli("peers", at=at, JUNCTION_CA=cert, JUNCTION_TOKEN=TOKEN).code == 0
+    at = tls_server.url
+    assert cli("peers", "--ca", certificate, "--token", TOKEN, at=at).code == 0
+    assert cli("peers", at=at, JUNCTION_CA=certificate, JUNCTION_TOKEN=TOKEN).code == 0
     for wrong in ({}, {"JUNCTION_TOKEN": "swordfish-swordfish"}):
         for command in ("peers", "watch"):
-            line = cli(command, "--ca", cert, at=at, **wrong).line(4)
+            line = cli(command, "--ca", certificate, at=at, **wrong).line(4)
             assert "--token" in line
             assert "swordfish" not in line
 
@@ -2049,7 +2028,7 @@ def test_interrupting_inside_any_call_leaves_no_peer_behind(
     cli: Cli, server: Server, how: signal.Signals, moment: int
 ) -> None:
     """A relay stands before the server and interrupts at a request or answer of: register, read, disconnect."""
-    before, heads, main = peers_here(server), count(), threading.main_thread().ident or 0
+    before, heads, main = get(server, "/health")["activePeers"], count(), threading.main_thread().ident or 0
 
     def relay(self: Any) -> None:
         data = b"something"
@@ -2065,7 +2044,7 @@ def test_interrupting_inside_any_call_leaves_no_peer_behind(
     with answering(relay) as address:
         ended = cli("read", "--wait", "0.1", at=address)
     assert (ended.code, ended.out, ended.err.splitlines()[-1]) == (130, "", "agent-junction: interrupted")
-    until(lambda: peers_here(server) == before)
+    until(lambda: get(server, "/health")["activePeers"] == before)
 
 
 # --- The README says what is so ---------------------------------------------------------------------------------------
