@@ -943,8 +943,8 @@ def get(server: Server, path: str) -> Any:
 
 
 # What takes too long to wait for is made short. A connection with the header x-reset is reset in the very turn of the
-# event loop in which a message wakes its read. /inside counts connections (that one too) and listeners (the log too), and
-# tells whether others may read its memory. /flood sends 12,000 messages in the process.
+# event loop in which a message wakes its read. /inside counts connections and listeners (its own and the log, too) and
+# tells whether others may read the memory. /flood sends 12,000 messages in the process.
 TUNED = """
 import asyncio, ctypes, junction, sse_starlette, time
 import mcp.server._streamable_http_modern as modern
@@ -1185,15 +1185,6 @@ def session_of(server: Server) -> str:
     return str(tell(server, "initialize", params, id=0)[1]["mcp-session-id"])
 
 
-def test_an_older_client_is_given_a_random_session_id_that_nothing_needs(tuned: Server) -> None:
-    made = session_of(tuned)
-    assert re.fullmatch(r"[!-~]{22,}", made)
-    assert made != session_of(tuned)
-    body, headers = rpc(LEGACY, "known_hosts", {})
-    for more in ({}, {"mcp-session-id": made}, {"mcp-session-id": "made up"}):
-        assert ask(tuned, "/mcp", body, headers | more)[0] == 200
-
-
 @pytest.mark.parametrize(("id_", "more"), [(7, {}), ("seven", {}), (7, {"accept": "*/*"})])  # the SDK's own way
 def test_a_cancelled_notification_ends_the_call_that_it_names_and_no_other(tuned: Server, id_: Any, more: Any) -> None:
     ann, bob, session = Agent(tuned), Agent(tuned, LEGACY), session_of(tuned)
@@ -1203,6 +1194,7 @@ def test_a_cancelled_notification_ends_the_call_that_it_names_and_no_other(tuned
         assert tell(tuned, "notifications/cancelled", {"requestId": other}, other_session)[0] == 202
     assert bob.waits()
     assert tell(tuned, "notifications/cancelled", {"requestId": id_}, session)[0] == 202
+    assert re.fullmatch(r"[!-~]{22,}", session)  # random, and no other's
     assert receive(talk).endswith(b"\r\n0\r\n\r\n")  # a proper end, not a broken stream
     assert not bob.waits()
     ann.send(bob.alias, "hello")
@@ -1258,9 +1250,7 @@ def outcome(server: Server, era: str, variant: Any) -> tuple[int, Any]:
 
 @both_eras
 @pytest.mark.parametrize("variant", [*variants()])
-def test_a_request_is_answered_as_the_sdk_answers_it(
-    server: Server, sdk_server: Server, era: str, variant: Any
-) -> None:
+def test_a_request_is_answered_as_by_the_sdk(server: Server, sdk_server: Server, era: str, variant: Any) -> None:
     assert outcome(server, era, variant) == outcome(sdk_server, era, variant)
 
 
@@ -1335,10 +1325,9 @@ HOSTS = {"desk": "http://10.0.0.7:4200", "attic": "http://[fd00::1]:4300", "far"
 @pytest.fixture(scope="session")
 def tls_server(certificate: str) -> Iterator[Server]:
     """A server with a certificate that no system trusts, a token and known hosts."""
-    files = ["--tls-cert", certificate, "--tls-key", certificate]
-    with running(
-        *files, "--known-hosts", "desk=10.0.0.7, attic=[fd00::1]:4300, far=https://far.example", JUNCTION_TOKEN=TOKEN
-    ) as started:
+    hosts = "desk=10.0.0.7, attic=[fd00::1]:4300, far=https://far.example"
+    options = ["--tls-cert", certificate, "--tls-key", certificate, "--known-hosts", hosts]
+    with running(*options, JUNCTION_TOKEN=TOKEN) as started:
         yield started
 
 
@@ -1348,9 +1337,8 @@ async def test_it_speaks_tls_and_names_the_known_hosts(tls_server: Server, certi
     hosts = [{"name": name, "mcp_url": f"{at}/mcp", "health_url": f"{at}/health"} for name, at in HOSTS.items()]
     async with Client(tls_server.url, auth=TOKEN, verify=trust, mode=era) as client:
         assert await call(client, "known_hosts") == {"hosts": hosts}
-    assert [
-        host for host in hosts if f"\nKnown host: {host['name']} {host['mcp_url']}\n" not in tls_server.said()
-    ] == []
+    for host in hosts:
+        assert f"\nKnown host: {host['name']} {host['mcp_url']}\n" in tls_server.said()
 
 
 # --- What it withstands -----------------------------------------------------------------------------------------------
@@ -1439,11 +1427,8 @@ def test_a_client_that_does_not_take_its_answer_is_closed(tuned: Server) -> None
 
 
 KEYS = st.sampled_from(["jsonrpc", "id", "method", "params", "_meta", *TOOLS["read_messages"][0].split()])
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=300),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=6),
-    max_leaves=10,
-)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=300)
+ANYTHING = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner), max_leaves=10)
 
 
 @both_eras
@@ -1556,6 +1541,9 @@ def test_watchers_beyond_the_limit_get_503_until_one_goes(tuned: Server) -> None
 # --- The command line -------------------------------------------------------------------------------------------------
 
 
+Cli = Callable[..., "Ended"]
+
+
 class Ended(NamedTuple):
     code: int
     out: str
@@ -1566,9 +1554,6 @@ class Ended(NamedTuple):
         assert (self.code, self.out, self.err.count("\n")) == (code, "", 1), self
         assert self.err.startswith("agent-junction: ")
         return self.err
-
-
-Cli = Callable[..., Ended]
 
 
 @pytest.fixture
@@ -1662,9 +1647,6 @@ def other_http(request: pytest.FixtureRequest) -> Iterator[str]:
         yield address
 
 
-kinds_of_server = pytest.mark.parametrize("kind", ["server", "tls_server", "lan_server"])
-
-
 def test_the_first_lines_and_the_json_are_those_of_the_contract_and_the_readme(server: Server) -> None:
     lines = server.said().replace(str(server.port), "4200").splitlines()
     assert lines[:5] == [
@@ -1680,7 +1662,7 @@ def test_the_first_lines_and_the_json_are_those_of_the_contract_and_the_readme(s
 
 
 @POSIX
-@kinds_of_server
+@pytest.mark.parametrize("kind", ["server", "tls_server", "lan_server"])
 def test_what_is_to_be_pasted_does_what_it_should(kind: str, request: pytest.FixtureRequest) -> None:
     text = request.getfixturevalue(kind).said()
     url = re.findall(r"running at (\S+) ", text)[0]
@@ -1787,9 +1769,7 @@ SECRETS = [b"API_KEY=swordfish\n", b"\n\r\n\0\x1b[31m\xf0\x9f\x97\xa1", "日".en
 
 
 @pytest.mark.parametrize("secret", SECRETS, ids=["newline", "odd", "longest"])
-def test_a_secret_goes_from_shell_to_shell_byte_for_byte(
-    cli: Cli, server: Server, tmp_path: Path, secret: bytes
-) -> None:
+def test_a_secret_goes_between_shells_byte_for_byte(cli: Cli, server: Server, tmp_path: Path, secret: bytes) -> None:
     (file := tmp_path / ".env").write_text("old")
     file.chmod(0o644)
     with Shell("read", "--wait", "20", "--output", str(file), JUNCTION_URL=server.url) as reader:
@@ -1951,10 +1931,9 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "stdin", "code", "part"), FAILURES)
-def test_a_failure_is_one_line_and_an_exit_code_and_leaves_no_peer(
-    cli: Cli, server: Server, arguments: str, stdin: bytes, code: int, part: str
-) -> None:
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failure_is_a_line_and_leaves_no_peer(cli: Cli, server: Server, failure: tuple[str, bytes, int, str]) -> None:
+    arguments, stdin, code, part = failure
     before = get(server, "/health")["activePeers"]
     line = cli(*arguments.split(), stdin=stdin).line(code)
     assert part in line
@@ -1978,9 +1957,7 @@ def test_a_certificate_that_does_not_fit_is_said(cli: Cli, tls_server: Server, c
     assert "--ca" not in wrong_name
 
 
-def test_an_authority_and_a_token_can_be_given_by_option_or_variable(
-    cli: Cli, tls_server: Server, certificate: str
-) -> None:
+def test_an_authority_and_a_token_come_by_option_or_variable(cli: Cli, tls_server: Server, certificate: str) -> None:
     at = tls_server.url
     assert cli("peers", "--ca", certificate, "--token", TOKEN, at=at).code == 0
     assert cli("peers", at=at, JUNCTION_CA=certificate, JUNCTION_TOKEN=TOKEN).code == 0
@@ -1991,9 +1968,7 @@ def test_an_authority_and_a_token_can_be_given_by_option_or_variable(
             assert "swordfish" not in line
 
 
-def test_no_proxy_no_servers_variable_and_no_blank_session_concerns_a_client_on_loopback(
-    cli: Cli, server: Server
-) -> None:
+def test_no_proxy_servers_variable_or_blank_session_stops_a_client_on_loopback(cli: Cli, server: Server) -> None:
     proxy = f"http://127.0.0.1:{free_port()}"
     variables = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy"), proxy) | {"NO_PROXY": ""}
     variables |= dict.fromkeys(("JUNCTION_PORT", "JUNCTION_TLS_CERT", "JUNCTION_KNOWN_HOSTS", "JUNCTION_HOST"), "x")
@@ -2024,9 +1999,7 @@ def test_an_output_that_takes_nothing_is_no_traceback(server: Server, where: str
 @POSIX
 @pytest.mark.parametrize("moment", range(6))
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_interrupting_inside_any_call_leaves_no_peer_behind(
-    cli: Cli, server: Server, how: signal.Signals, moment: int
-) -> None:
+def test_interrupting_any_call_leaves_no_peer(cli: Cli, server: Server, how: signal.Signals, moment: int) -> None:
     """A relay stands before the server and interrupts at a request or answer of: register, read, disconnect."""
     before, heads, main = get(server, "/health")["activePeers"], count(), threading.main_thread().ident or 0
 
