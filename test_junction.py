@@ -35,6 +35,7 @@ from datetime import datetime, timedelta, timezone
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import AsyncMock
 
 import pytest
 import typer.main
@@ -1049,13 +1050,12 @@ async def test_two_agents_meet_and_pass_a_message_in_any_two_eras(server: Server
         sent = await call(one, "send_message", **mine, target_alias=bob["alias"], message=text)
         assert sent == {"delivered": True, "to": [bob["alias"]], "to_count": 1, "waiting": 0, "unread": 0}
         listed = await call(one, "list_peers", **mine, role="backend", wait_seconds=5)
-        at = listed["peers"][0].pop("connected_at")
-        assert datetime.fromisoformat(at).utcoffset() == timedelta(0)
+        joined_at = listed["peers"][0].pop("connected_at")
         seen = {"alias": bob["alias"], "repo": "api", "task": "", "role": "backend", "idle_seconds": 0}
         assert listed == {"peers": [{**seen, "waiting": False, "unread_from_you": 1}], "remaining": 0, "unread": 0}
         read = await call(two, "read_messages", **yours, sender=ann["alias"])
         at = read["messages"][0]["timestamp"]
-        assert datetime.fromisoformat(at).utcoffset() == timedelta(0)
+        assert {datetime.fromisoformat(time).utcoffset() for time in (joined_at, at)} == {timedelta(0)}
         assert read == {"messages": [{"from": ann["alias"], "message": text, "timestamp": at}], "remaining": 0}
         assert await call(two, "read_messages", **yours) == {"messages": [], "remaining": 0}
         assert await call(two, "read_messages", **yours, again=True) == read
@@ -1086,17 +1086,13 @@ def test_a_waiting_read_gives_signs_of_life_and_is_woken(tuned: Server, era: str
 
 @both_eras
 async def test_a_waiting_call_reports_progress_with_its_total(tuned: Server, era: str) -> None:
-    reports: list[tuple[float, float | None]] = []
-
-    async def progress(seconds: float, total: float | None, _message: str | None) -> None:
-        reports.append((seconds, total))
-
+    progress = AsyncMock()
     async with Client(tuned.url, mode=era) as client:
         waits = {"session_id": (await call(client, "register"))["session_id"], "wait_seconds": 0.75}
         await client.call_tool("read_messages", waits, progress_handler=progress)
         await client.call_tool("list_peers", waits | {"role": "nobody's"}, progress_handler=progress)
-    assert 6 <= len(reports) <= 16
-    assert {total for _, total in reports} == {0.75}
+    assert 6 <= progress.await_count <= 16
+    assert {report.args[1] for report in progress.await_args_list} == {0.75}
 
 
 @both_eras
@@ -1761,9 +1757,7 @@ def test_a_secret_goes_between_shells_byte_for_byte(cli: Cli, server: Server, tm
     assert (file.read_bytes(), file.stat().st_mode & 0o777, os.listdir(tmp_path)) == (secret, 0o600, [".env"])
 
 
-def test_a_file_is_untouched_when_nothing_came_or_it_cannot_be_written(
-    cli: Cli, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_whole_or_it_stays(cli: Cli, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ann, bob = Agent(server), Agent(server)
     (file := tmp_path / ".env").write_text("old")
     ended = cli("read", "--wait", "0.1", "--output", str(file))
@@ -1937,9 +1931,7 @@ def test_an_authority_and_a_token_come_by_option_or_variable(cli: Cli, tls_serve
 
 
 @pytest.mark.parametrize("command", ["peers", "watch"])
-def test_a_certificate_or_token_that_does_not_fit_is_said(
-    cli: Cli, tls_server: Server, certificate: str, command: str
-) -> None:
+def test_a_wrong_certificate_or_token_is_said(cli: Cli, tls_server: Server, certificate: str, command: str) -> None:
     at = tls_server.url
     assert "--ca (JUNCTION_CA)" in cli(command, at=at).line(4)
     wrong_name = cli(command, at=at.replace("127.0.0.1", "localhost"), JUNCTION_CA=certificate).line(4)
