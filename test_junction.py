@@ -742,6 +742,7 @@ TestMailboxes.settings = settings(max_examples=300, stateful_step_count=40, dead
 
 README = Path(__file__).with_name("README.md").read_text("utf-8")
 TOKEN = "sixteen-letters!"
+WATCH = b"GET /events HTTP/1.1\r\nhost: localhost\r\n\r\n"
 both_eras = pytest.mark.parametrize("era", ERAS)
 pairs_of_eras = pytest.mark.parametrize(("era", "other_era"), [(a, b) for a in ERAS for b in ERAS])
 
@@ -921,9 +922,6 @@ def reset(talk: socket.socket) -> None:
     talk.close()
 
 
-WATCH = b"GET /events HTTP/1.1\r\nhost: localhost\r\n\r\n"
-
-
 def waiting(server: Server) -> list[str]:
     """The aliases of those who wait in a read, as the first of /events tells."""
     head, _, event = receive(connect(server, WATCH), b"\n\n").partition(b"\r\n\r\n")
@@ -974,13 +972,11 @@ async def flood(_request):
             here.send(ann, bob.alias, "x")
         await here.read(bob)
         await asyncio.sleep(0)
-    return JSONResponse(time.monotonic() - began)
-"""
+    return JSONResponse(time.monotonic() - began)"""
 SDK = """
 import junction
 made = junction.mcp.http_app
-junction.mcp.http_app = lambda **_options: made(stateless_http=True, host_origin_protection=True)
-"""
+junction.mcp.http_app = lambda **_options: made(stateless_http=True, host_origin_protection=True)"""
 server, guarded, lan_server = served(), served(JUNCTION_TOKEN=TOKEN), served("--host", "0.0.0.0")
 tuned = served("--allowed-hosts", "desk.local, fd00::7", code=TUNED)
 sdk_server = served(code=SDK)  # the same tools, served as FastMCP and the SDK do it
@@ -1110,14 +1106,13 @@ async def test_a_refused_call_says_what_to_do_and_quotes_no_secret(client: Clien
         assert not re.search("swordfish|pydantic|input_value", str(caught.value))
 
 
-async def test_a_restarted_server_says_register_to_whoever_was_there() -> None:
-    port = free_port()
-    async with contextlib.AsyncExitStack() as stack:
-        with running(port=port) as first:
-            clients = [await stack.enter_async_context(Client(first.url, mode=era)) for era in ERAS]
-            before = [(await call(client, "register"))["session_id"] for client in clients]
-        with running(port=port):
-            for client, session_id in zip(clients, before, strict=True):
+@both_eras
+async def test_a_restarted_server_says_register_to_whoever_was_there(era: str) -> None:
+    with running() as first:
+        async with Client(first.url, mode=era) as client:
+            session_id = (await call(client, "register"))["session_id"]
+            assert first.stops_in_silence()
+            with running(port=first.port):
                 with pytest.raises(ToolError, match="Call register"):
                     await call(client, "read_messages", session_id=session_id)
                 await call(client, "register")
@@ -1247,6 +1242,9 @@ def test_a_request_is_answered_as_by_the_sdk(server: Server, sdk_server: Server,
 
 # --- Who gets in ------------------------------------------------------------------------------------------------------
 
+RIGHT = [f"Bearer {TOKEN}{blanks}" for blanks in ("", " ", " \t  ")]
+WRONG = ["", TOKEN[:-1], f"{TOKEN}x", f"{TOKEN} {TOKEN}", TOKEN.upper(), "\u00fcmlaut-letters!"]
+HOSTS = {"desk": "http://10.0.0.7:4200", "attic": "http://[fd00::1]:4300", "far": "https://far.example:4200"}
 OTHERS = [("OPTIONS", "/mcp"), ("GET", "/health"), ("HEAD", "/events")]  # HEAD: a test that fails does not hang
 DOORS: dict[str, tuple[int, list[str]]] = {
     "host": (421, ["evil.example", "127.0.0.1.evil.example:4200", "169.254.169.254"]),
@@ -1271,10 +1269,6 @@ def test_forged_hosts_foreign_origins_and_forms_are_refused_without_cors(server:
 def test_an_allowed_host_gets_in_and_others_still_do_not(tuned: Server) -> None:
     hosts = ("desk.local:4200", "[fd00::7]", "desk.locale")
     assert [ask(tuned, "/health", headers={"host": host})[0] for host in hosts] == [200, 200, 421]
-
-
-RIGHT = [f"Bearer {TOKEN}{blanks}" for blanks in ("", " ", " \t  ")]
-WRONG = ["", TOKEN[:-1], f"{TOKEN}x", f"{TOKEN} {TOKEN}", TOKEN.upper(), "\u00fcmlaut-letters!"]
 
 
 @both_eras
@@ -1308,9 +1302,6 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
     file = tmp_path_factory.mktemp("tls") / "both.pem"
     file.write_bytes(built.public_bytes(pem) + private)
     return str(file)
-
-
-HOSTS = {"desk": "http://10.0.0.7:4200", "attic": "http://[fd00::1]:4300", "far": "https://far.example:4200"}
 
 
 @pytest.fixture(scope="session")
@@ -1843,9 +1834,8 @@ def test_watch_draws_on_a_terminal_and_leaves_it_as_it_was() -> None:
 
 
 def test_watch_elsewhere_is_a_line_or_a_document_for_each_event_and_comes_back() -> None:
-    port = free_port()
     with contextlib.ExitStack() as stack:
-        with running(port=port) as there:
+        with running() as there:
             plain = stack.enter_context(Shell("watch", JUNCTION_URL=there.url))
             documents = stack.enter_context(Shell("watch", "--json", JUNCTION_URL=there.url))
             plain.hear("0 here\n")
@@ -1858,7 +1848,7 @@ def test_watch_elsewhere_is_a_line_or_a_document_for_each_event_and_comes_back()
             plain.hear(f"{bob.alias} read 1\\b.*\n.*{bob.alias} left, 0 unread.*\n")
             assert there.stops_in_silence()
         plain.hear("stopped.*\n")
-        with running(port=port) as again:
+        with running(port=there.port) as again:
             documents.hear('junction_stopped(?:.*\n)+.*"snapshot".*\n')
             until(lambda: bool(Agent(again) and re.search("stopped(?:.*\n)+.* joined", plain.said)))
             again.process.kill()  # which ends neither of them
@@ -1925,9 +1915,8 @@ def test_where_no_junction_answers_the_exit_code_is_4(cli: Cli, server: Server, 
 
 
 def test_an_authority_and_a_token_come_by_option_or_variable(cli: Cli, tls_server: Server, certificate: str) -> None:
-    at = tls_server.url
-    assert cli("peers", "--ca", certificate, "--token", TOKEN, at=at).code == 0
-    assert cli("peers", at=at, JUNCTION_CA=certificate, JUNCTION_TOKEN=TOKEN).code == 0
+    assert cli("peers", "--ca", certificate, "--token", TOKEN, at=tls_server.url).code == 0
+    assert cli("peers", at=tls_server.url, JUNCTION_CA=certificate, JUNCTION_TOKEN=TOKEN).code == 0
 
 
 @pytest.mark.parametrize("command", ["peers", "watch"])
