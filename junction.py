@@ -913,13 +913,13 @@ class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP on httptools, with the limits that it lacks. (h11 has some, and takes a fourth more per call.)"""
 
     received = 0  # bytes of the request that is arriving
-    in_head = True
     standing: object = None  # where the connection stood at the last look, if it had work to do
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
         super().data_received(data)
-        if self.received > (HEAD_BYTES if self.in_head else REQUEST_BYTES) or self.has_more_than_its_share():
+        head_is_whole = self.scope and "path" in self.scope
+        if self.received > (REQUEST_BYTES if head_is_whole else HEAD_BYTES) or self.has_more_than_its_share():
             self.transport.abort()
 
     def has_more_than_its_share(self) -> bool:
@@ -928,18 +928,13 @@ class BoundedProtocol(HttpToolsProtocol):
         share = UNFINISHED_BYTES // len(everyone)
         return self.received > share and sum(one.received for one in everyone) > UNFINISHED_BYTES
 
-    def on_message_begin(self) -> None:
-        if self.cycle and not self.cycle.response_complete:  # a request behind one that waits would hide a reset
-            raise ValueError("pipelined")  # uvicorn answers what is raised in here by 400, and closes
-        self.in_head = True
-        super().on_message_begin()
-
     def on_headers_complete(self) -> None:
         # RFC 9110, 5.5: blanks around a value are not part of it; httptools leaves those behind it.
         self.headers[:] = [(name, value.strip(b" \t")) for name, value in self.headers]
-        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > HEAD_BYTES:
-            raise ValueError("too large")
-        self.in_head = False
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        pipelined = self.cycle and not self.cycle.response_complete  # behind a call that waits it would hide a reset
+        if size > HEAD_BYTES or pipelined:
+            raise ValueError  # uvicorn answers what is raised in here by 400, and closes
         self.scope["extensions"] = {"connection": {"is_closing": self.transport.is_closing}}  # for OneExchange
         super().on_headers_complete()
 
