@@ -942,15 +942,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self.received = 0
         super().on_message_complete()
 
-    def is_arriving(self) -> bool:
-        """Whether a request, the first or a next one, has not come whole yet."""
-        resting = self.timeout_keep_alive_task is not None
-        return not resting and (self.cycle is None or self.cycle.response_complete or self.cycle.more_body)
-
     def close_if_stuck(self) -> None:
         """Close a connection whose request has not arrived, or whose answer has not been taken, since the last look."""
         unsent = self.transport.get_write_buffer_size()
-        standing = (self.cycle, unsent) if unsent or self.is_arriving() else None
+        answering = self.cycle and not (self.cycle.response_complete or self.cycle.more_body)
+        resting = self.timeout_keep_alive_task is not None
+        standing = (self.cycle, unsent) if unsent or not (answering or resting) else None
         if standing and standing == self.standing:
             self.transport.abort()
         self.standing = standing
@@ -976,9 +973,6 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         junction.close()
-        for connection in cast(list[BoundedProtocol], [*self.server_state.connections]):
-            if connection.is_arriving():
-                connection.transport.close()
         await super().shutdown(sockets)
 
 
