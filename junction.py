@@ -956,15 +956,12 @@ class BoundedProtocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """uvicorn's server. It also sweeps, closes stuck connections, and answers waiting calls before it stops."""
 
-    next_sweep = 0.0
-
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn calls this every 0.1 s."""
+        """uvicorn calls this every 0.1 s, and counts from 0 again after a day."""
         if counter % (10 * REQUEST_SECONDS) == 0:
             for connection in cast(list[BoundedProtocol], [*self.server_state.connections]):
                 connection.close_if_stuck()
-        if junction.clock() >= self.next_sweep:
-            self.next_sweep = junction.clock() + junction.sweep_seconds
+        if counter % max(1, round(10 * junction.sweep_seconds)) == 0:
             try:
                 await junction.sweep()
             except Exception as error:  # the next sweep may do better; an error's own text could tell too much
