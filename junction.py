@@ -55,6 +55,7 @@ from io import TextIOWrapper
 from itertools import accumulate, count, islice, takewhile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn, cast
+from weakref import WeakValueDictionary
 
 # FastMCP reads FASTMCP_ variables and a .env in the working directory while it is imported. They could turn its guards
 # off, or its logging of arguments on. OpenTelemetry reads OTEL_ variables, and a bad one stops the import.
@@ -790,7 +791,7 @@ class OneExchange:
         self.token = sha256(token) if token else b""
         self.gather = RequestBodyLimitMiddleware(self.serve, BODY_BYTES)
         self.turn = asyncio.Lock()
-        self.waiting: dict[tuple[bytes, str], anyio.CancelScope] = {}  # older clients' calls, by session and id
+        self.waiting = WeakValueDictionary[tuple[bytes, str], anyio.CancelScope]()  # older calls, by session and id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -840,11 +841,7 @@ class OneExchange:
         """Serve a call that a client may cancel. It then gets no answer, only a proper end of its stream."""
         with anyio.CancelScope() as cancellation:
             self.waiting[call] = cancellation
-            try:
-                await self.app(scope, receive, send)
-            finally:
-                if self.waiting.get(call) is cancellation:  # and not one of a call with the same id
-                    del self.waiting[call]
+            await self.app(scope, receive, send)
         if cancellation.cancel_called:
             start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
             for message in (start, {"type": "http.response.body"}):
