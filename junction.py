@@ -808,9 +808,9 @@ class OneExchange:
         return scheme.lower() == "bearer" and secrets.compare_digest(sha256(token), self.token)
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand a request on: a tool call to `serve_waiting` or `quick`, anything else to the SDK as it came."""
+        """Hand a request on: a plain call that does not wait to `quick`, anything else to the SDK, which may wait."""
         request = await receive()  # with the whole body, unless the client has gone
-        if request["type"] != "http.request" or request["more_body"]:
+        if request.get("more_body", True):
             return
         receive, message = partial(replay, [request], receive), parsed(request["body"])
         headers = dict(reversed(scope["headers"]))  # of a header that comes twice the SDK takes the first
@@ -819,10 +819,7 @@ class OneExchange:
             send = partial(send_session_id, send)
         elif method == "notifications/cancelled" and session:  # without a session any call could be meant
             self.waiting.get((session, repr(message["params"].get("requestId"))), anyio.CancelScope()).cancel()
-        if scope["path"] != "/mcp" or method != "tools/call":
-            await self.app(scope, receive, send)
-            return
-        params, plain = message["params"], is_plain_call(headers, message)
+        params, plain = message["params"], scope["path"] == "/mcp" and is_plain_call(headers, message)
         version = headers.get(b"mcp-protocol-version", mcp_types.DEFAULT_NEGOTIATED_VERSION.encode()).decode("latin-1")
         if plain and version in HANDSHAKE_PROTOCOL_VERSIONS:
             scope, request["body"] = to_modern(scope, message)
@@ -855,7 +852,7 @@ def parsed(body: bytes) -> dict[str, Any]:
         message = pydantic_core.from_json(body)
         if isinstance(message, dict) and isinstance(message.get("params"), dict):
             return message
-    return {}
+    return {"params": {}}
 
 
 def is_plain_call(headers: dict[bytes, bytes], message: dict[str, Any]) -> bool:
@@ -864,6 +861,7 @@ def is_plain_call(headers: dict[bytes, bytes], message: dict[str, Any]) -> bool:
     arguments, meta, name = params.get("arguments", {}), params.get("_meta", {}), params.get("name")
     return (
         message.keys() == {"jsonrpc", "id", "method", "params"}
+        and message["method"] == "tools/call"
         and params.keys() <= {"name", "arguments", "_meta"}
         and message["jsonrpc"] == "2.0"
         and type(message["id"]) in (int, str)
