@@ -872,24 +872,15 @@ def is_plain_call(headers: dict[bytes, bytes], message: dict[str, Any]) -> bool:
     )
 
 
-def modern_call(tool: str, client: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """What a tool call of 2026-07-28 says about itself, in its headers and in the `_meta` of its body."""
-    headers = {"mcp-protocol-version": LATEST_MODERN_VERSION, "mcp-method": "tools/call", "mcp-name": tool}
-    return headers, {
-        mcp_types.PROTOCOL_VERSION_META_KEY: LATEST_MODERN_VERSION,
-        mcp_types.CLIENT_INFO_META_KEY: {"name": client, "version": __version__},
-        mcp_types.CLIENT_CAPABILITIES_META_KEY: {},
-    }
-
-
 def to_modern(scope: Scope, message: dict[str, Any]) -> tuple[Scope, bytes]:
     """An older client's tool call as a request of 2026-07-28: its ASGI scope and body."""
-    params = message["params"]
-    routing, meta = modern_call(params["name"], "older")
-    added = {name.encode(): value.encode() for name, value in routing.items()}
-    kept = [(name, value) for name, value in scope["headers"] if name not in added]
-    body = pydantic_core.to_json({**message, "params": {**params, "_meta": {**params.get("_meta", {}), **meta}}})
-    return {**scope, "headers": [*kept, *added.items()]}, body
+    params, version = message["params"], LATEST_MODERN_VERSION
+    tool = params["name"].encode()
+    routing = {b"mcp-protocol-version": version.encode(), b"mcp-method": b"tools/call", b"mcp-name": tool}
+    kept = [(name, value) for name, value in scope["headers"] if name not in routing]
+    envelope = {mcp_types.PROTOCOL_VERSION_META_KEY: version, mcp_types.CLIENT_CAPABILITIES_META_KEY: {}}
+    body = pydantic_core.to_json({**message, "params": {**params, "_meta": {**params.get("_meta", {}), **envelope}}})
+    return {**scope, "headers": [*kept, *routing.items()]}, body
 
 
 async def replay(pending: list[HttpMessage], receive: Receive) -> HttpMessage:
@@ -1485,10 +1476,9 @@ def as_peer(url: str, token: str, session: str, ca: Path | None) -> Iterator[tup
 
 
 def call_tool(http: httpx2.Client, tool: str, **arguments: Any) -> Any:
-    """Call a tool as a client of 2026-07-28, which needs no handshake, and not the SDK's client (0.3 s to import)."""
-    headers, meta = modern_call(tool, "agent-junction")
-    headers |= {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
-    params = {"name": tool, "arguments": arguments, "_meta": meta}
+    """Call a tool without a handshake, which no junction needs, and without the SDK's client (0.3 s to import)."""
+    headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+    params = {"name": tool, "arguments": arguments}
     request = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
     response = http.post("/mcp", content=request, headers=headers).raise_for_status()
     answer = f"\n{response.text}".rpartition("\ndata: ")[2]  # of an event stream, the last event
