@@ -642,10 +642,8 @@ class ToolServer(FastMCP[Any]):
         try:
             return await super().call_tool(name, arguments, **options)
         except ValidationError as error:
-            if not isinstance(error.__cause__, PydanticError):
-                raise
-            wrong = error.__cause__.errors(include_input=False, include_url=False, include_context=False)
-            what = "; ".join(f"{'.'.join(map(str, e['loc']))[:80]}: {e['msg']}" for e in wrong[:5])
+            wrong = cast(PydanticError, error.__cause__).errors()[:5]
+            what = "; ".join(f"{'.'.join(map(str, e['loc']))[:80]}: {e['msg']}" for e in wrong)
             raise ToolError(f"Wrong arguments: {what}. Call {name} again with these corrected.") from None
 
 
