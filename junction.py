@@ -757,16 +757,13 @@ async def follow() -> AsyncIterator[str]:
     junction.listeners.append(queued.append)
     try:
         for tick in count():
-            stopped = junction.closed
+            if len(queued) > WATCHER_EVENTS or (junction.closed and not queued):
+                return
             if tick % (SNAPSHOT_SECONDS * 10) == 0:
                 queued.append(junction.snapshot())
-            if len(queued) > WATCHER_EVENTS:
-                return
-            told = [f"event: {event['event']}\ndata: {json.dumps(event)}\n\n" for event in queued]
+            told = "".join(f"event: {event['event']}\ndata: {json.dumps(event)}\n\n" for event in queued)
             queued.clear()
-            yield "".join(told)
-            if stopped:
-                return
+            yield told
             await asyncio.sleep(0.1)
     finally:
         junction.listeners.remove(queued.append)
