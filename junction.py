@@ -972,9 +972,8 @@ def is_junction(host: str, port: int) -> bool:
     """Whether a junction answers there, over HTTP or HTTPS."""
     for scheme in ("http", "https"):
         with suppress(httpx2.HTTPError, ValueError):
-            address = f"[{host}]" if ":" in host else host
-            answer = httpx2.get(f"{scheme}://{address}:{port}/health", verify=False, trust_env=False, timeout=1)
-            return "activePeers" in answer.json()
+            url = httpx2.URL(scheme=scheme, host=host, port=port, path="/health")
+            return "activePeers" in httpx2.get(url, verify=False, trust_env=False, timeout=1).json()
     return False
 
 
