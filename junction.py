@@ -994,12 +994,10 @@ def harden() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE, <linux/prctl.h>
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # on Linux never infinite, which is -1 there
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, OPEN_FILES), hard))
+    with suppress(OSError, AttributeError, TypeError):  # only Linux has this
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE, <linux/prctl.h>
 
 
 def announce(text: str) -> None:
