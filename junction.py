@@ -1049,7 +1049,6 @@ def run(listener: socket.socket, token: str, names: list[str], tls_cert: str, tl
         http=BoundedProtocol,
         ws="none",
         log_config=None,
-        access_log=False,
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
