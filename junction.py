@@ -85,7 +85,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -799,7 +798,7 @@ class OneExchange:
             await (self.gather if scope["method"] == "POST" else self.app)(scope, receive, send)
 
     def has_token(self, scope: Scope) -> bool:
-        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+        scheme, _, token = Request(scope).headers.get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and secrets.compare_digest(sha256(token), self.token)
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
