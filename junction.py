@@ -1065,8 +1065,7 @@ def run(listener: socket.socket, token: str, names: list[str], tls_cert: str, tl
 # --- The command line -------------------------------------------------------------------------------------------------
 
 GENERAL_OPTIONS = ("--version", "--install-completion", "--show-completion")
-HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
-app = typer.Typer(name="agent-junction", pretty_exceptions_enable=False, context_settings=HELP_OPTIONS)
+app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 
 def fail(message: str, exit_code: int = 1) -> NoReturn:
