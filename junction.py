@@ -1156,9 +1156,6 @@ def serve(
     tls_key: Annotated[str, option("TLS_KEY", "PEM file with its key.")] = "",
 ) -> None:
     """Start the junction."""
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # uvicorn raises the signal again after it has stopped
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: sys.exit(0))
     if tls_cert or tls_key:
         check_tls(tls_cert, tls_key)
     listener = bind(host, port)
@@ -1168,9 +1165,10 @@ def serve(
     junction.listeners.append(log)
     made = secrets.token_urlsafe(24) if junction.mode == "lan" and not token else ""
     harden()
-    for line in greeting(listener, token, made, bool(tls_cert)):
-        announce(line)
-    run(listener, token or made, allowed_hosts, tls_cert, tls_key)
+    with suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has stopped
+        for line in greeting(listener, token, made, bool(tls_cert)):
+            announce(line)
+        run(listener, token or made, allowed_hosts, tls_cert, tls_key)
 
 
 def check_tls(cert: str, key: str) -> None:
