@@ -46,7 +46,7 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -1293,12 +1293,8 @@ def send(
         more = f" and {sent['to_count'] - 1} more" if sent["to_count"] > 1 else ""
         now = f" ({sent['waiting']} waiting for it)" if sent["waiting"] else ""
         print(f"delivered to {sent['to'][0]}{more}{now}", file=sys.stderr if wait else sys.stdout)
-        if not wait:
-            return
-        with waiting(me, wait):
-            answer: Read = call("read_messages", wait_seconds=wait, sender=alias)
-    show(answer, raw=not sys.stdout.isatty())
-    raise typer.Exit(0 if answer["messages"] else 3)
+        if wait:
+            receive(call, me, wait, alias, partial(show, raw=not sys.stdout.isatty()))
 
 
 def message_text(message: str | None) -> str:
@@ -1339,34 +1335,41 @@ def read(
         output = output.resolve()
         if (output.exists() and not output.is_file()) or not os.access(output.parent / ".", os.W_OK):
             fail(f"--output {str(output)!r} is not a regular file, or its folder cannot be written to", 2)
-    taken: Read = {"messages": [], "remaining": 0}
     with as_peer(url, token, session, ca) as (call, me):
-        try:
-            with waiting(me, wait):
-                page: Read = call("read_messages", wait_seconds=wait, sender=sender)
-            while page["messages"]:
-                taken["messages"] += page["messages"]
-                page = call("read_messages", sender=sender)
-            taken["remaining"] = page["remaining"]
-        finally:  # what was taken is shown, whatever happens to the rest
-            show(taken, raw, as_json, output)
-    senders = ", ".join(dict.fromkeys(message["from"] for message in taken["messages"]))
-    if raw or output or not senders:  # the text alone does not say whose it is
-        print(f"from {senders}" if senders else "nothing came", file=sys.stderr)
-    raise typer.Exit(3 if wait and not senders else 0)
+        receive(call, me, wait, sender, partial(show, raw=raw, as_json=as_json, output=output))
+
+
+def receive(call: Call, me: str, wait: float, sender: str, show: Callable[[Read], None]) -> None:
+    """Read and show all that is there, or the first that comes within `wait`; exit code 3 if nothing did."""
+    taken: Read = {"messages": [], "remaining": 0}
+    try:
+        if wait:
+            print(f"waiting as {me}, up to {wait:g} s", file=sys.stderr)
+        with Console(stderr=True).status("waiting"):  # a sign of life, on a terminal only
+            page: Read = call("read_messages", wait_seconds=wait, sender=sender)
+        while page["messages"]:
+            taken["messages"] += page["messages"]
+            page = call("read_messages", sender=sender)
+        taken["remaining"] = page["remaining"]
+    finally:  # what was taken is shown, whatever happens to the rest
+        show(taken)
+    if not taken["messages"]:
+        print("nothing came", file=sys.stderr)
+        raise typer.Exit(3 if wait else 0)
 
 
 def show(answer: Read, raw: bool, as_json: bool = False, output: Path | None = None) -> None:
     """Write messages: to a file, or as bytes, as JSON, or as readable text with control characters escaped."""
+    data = "".join(message["message"] for message in answer["messages"]).encode()
     if as_json:
         print(json.dumps(answer), flush=True)
-    elif raw or output:
-        data = "".join(message["message"] for message in answer["messages"]).encode()
-        if output and data:
+    elif data and (raw or output):
+        if output:
             save(output, data)
-        elif raw:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+        else:
+            typer.echo(data, nl=False)
+        senders = dict.fromkeys(message["from"] for message in answer["messages"])
+        print(f"from {', '.join(senders)}", file=sys.stderr)  # the text alone does not say whose it is
     else:
         for message in answer["messages"]:
             text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in message["message"])
@@ -1383,16 +1386,6 @@ def save(path: Path, text: bytes) -> None:
         os.replace(name, path)
     except OSError as error:
         fail(f"--output {str(path)!r}: {error.strerror}; what could be written is in {name}")
-
-
-def waiting(alias: str, seconds: float) -> AbstractContextManager[object]:
-    """Say on standard error who waits, on a terminal with a sign of life for as long as it does."""
-    text, console = f"waiting as {alias}, up to {seconds:g} s", Console(stderr=True)
-    if seconds and console.is_terminal:
-        return console.status(text)
-    if seconds:
-        print(text, file=sys.stderr, flush=True)
-    return nullcontext()
 
 
 def peer_table(peers: Sequence[Any], expand: bool) -> Table:

@@ -1866,7 +1866,7 @@ def test_watch_elsewhere_is_a_line_or_a_document_for_each_event_and_comes_back()
 def test_on_a_terminal_a_wait_shows_that_it_lives_and_a_typed_message_can_be_sent(server: Server) -> None:
     with Shell("read", "--wait", "20", terminal=True, JUNCTION_URL=server.url) as reader:
         alias = reader.hear("waiting as ([a-z]+-[a-z]+)")
-        reader.hear("(?s)up to 20 s.*up to 20 s")  # drawn again and again: a sign of life
+        reader.hear("(?s)up to 20 s.*waiting.*waiting")  # drawn again and again: a sign of life
         with Shell("send", alias, terminal=True, JUNCTION_URL=server.url) as sender:
             sender.hear("Ctrl-D")
             os.write(sender.ours, b"typed by hand\n\x04")
