@@ -1290,9 +1290,8 @@ def send(
     text = message_text(message)
     with as_peer(url, token, session, ca) as (call, me):
         sent = call("send_message", target_alias=alias, message=text)
-        more = f" and {sent['to_count'] - 1} more" if sent["to_count"] > 1 else ""
-        now = f" ({sent['waiting']} waiting for it)" if sent["waiting"] else ""
-        print(f"delivered to {sent['to'][0]}{more}{now}", file=sys.stderr if wait else sys.stdout)
+        whom = alias if alias != "*" else f"{sent['to_count']} peers"
+        print(f"delivered to {whom} ({sent['waiting']} waiting for it)", file=sys.stderr if wait else sys.stdout)
         if wait:
             receive(call, me, wait, alias, partial(show, raw=not sys.stdout.isatty()))
 
