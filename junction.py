@@ -1313,7 +1313,7 @@ def message_text(message: str | None) -> str:
 def read(
     wait: Seconds = 0,
     sender: Annotated[str, typer.Option("--from", help="Only messages from this alias.")] = "",
-    output: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the text to this file.")] = None,
+    output: Annotated[Path | None, typer.Option(resolve_path=True, help="Write the text to this file.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Write the messages' text alone, byte for byte.")] = False,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
@@ -1330,10 +1330,8 @@ def read(
         fail("--raw, --json and --output exclude each other", 2)
     if not (wait or session):
         fail("without --wait or --session (JUNCTION_SESSION) nothing could ever come", 2)
-    if output:
-        output = output.resolve()
-        if (output.exists() and not output.is_file()) or not os.access(output.parent / ".", os.W_OK):
-            fail(f"--output {str(output)!r} is not a regular file, or its folder cannot be written to", 2)
+    if output and ((output.exists() and not output.is_file()) or not os.access(output.parent / ".", os.W_OK)):
+        fail(f"--output {str(output)!r} is not a regular file, or its folder cannot be written to", 2)
     with as_peer(url, token, session, ca) as (call, me):
         receive(call, me, wait, sender, partial(show, raw=raw, as_json=as_json, output=output))
 
