@@ -1361,8 +1361,10 @@ def show(answer: Read, raw: bool, as_json: bool = False, output: Path | None = N
     if as_json:
         print(json.dumps(answer), flush=True)
     elif data and (raw or output):
-        if output:
-            save(output, data)
+        if output:  # a file of mode 0600, whole or not at all: what cannot take its place is kept beside it
+            with tempfile.NamedTemporaryFile(prefix=".junction-", dir=output.parent, delete=False) as file:
+                file.write(data)
+            os.replace(file.name, output)  # its error names both
         else:
             typer.echo(data, nl=False)
         senders = dict.fromkeys(message["from"] for message in answer["messages"])
@@ -1372,17 +1374,6 @@ def show(answer: Read, raw: bool, as_json: bool = False, output: Path | None = N
             text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in message["message"])
             when = datetime.fromisoformat(message["timestamp"]).astimezone()
             print(f"{message['from']}, {when:%Y-%m-%d %H:%M:%S}:\n{text}\n", flush=True)
-
-
-def save(path: Path, text: bytes) -> None:
-    """Write a file of mode 0600, whole or not at all. What cannot take its place is kept beside it, and named."""
-    handle, name = tempfile.mkstemp(prefix=".junction-", dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(text)
-        os.replace(name, path)
-    except OSError as error:
-        fail(f"--output {str(path)!r}: {error.strerror}; what could be written is in {name}")
 
 
 def peer_table(peers: Sequence[Any], expand: bool) -> Table:
