@@ -1381,10 +1381,8 @@ def peer_table(peers: Sequence[Any], expand: bool) -> Table:
     table = Table(box=None, expand=expand, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     longest = max((len(peer["alias"]) for peer in peers), default=0)
     table.add_column("alias", no_wrap=True, style="cyan", min_width=longest)
-    for name in ("role", "repo", "task"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=2 if name == "task" else 1)
-    for name in ("idle", "waiting", "unread"):
-        table.add_column(name, no_wrap=True)
+    for name, ratio in (("role", 1), ("repo", 1), ("task", 2), ("idle", None), ("waiting", None), ("unread", None)):
+        table.add_column(name, no_wrap=True, ratio=ratio)
     for peer in peers:
         labels = [Text(peer[name]) for name in ("role", "repo", "task")]  # Text: brackets in it are no markup
         idle, unread = str(timedelta(seconds=peer["idle_seconds"])), peer.get("unread", peer.get("unread_from_you"))
