@@ -1197,8 +1197,7 @@ def greeting(listener: socket.socket, token: str, made: str, tls: bool) -> Itera
     yield f"  Codex        codex mcp add junction --url {url}{variable}"
     yield f"  Gemini       gemini mcp add --scope user --transport http junction {url}{header}"
     yield 'Then tell each agent: "Register with the junction, then wait for messages."\n'
-    entry = json.dumps({"mcpServers": {"junction": server}}).replace(', "headers"', ',\n  "headers"')
-    yield f"In a .mcp.json: {entry}"
+    yield "In a .mcp.json: " + json.dumps({"mcpServers": {"junction": server}})
     yield f"Mode: {junction.mode}. Health: {base}/health"
     for host in junction.hosts:
         yield f"Known host: {host['name']} {host['mcp_url']}"
