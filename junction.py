@@ -1497,9 +1497,8 @@ def main() -> None:
     os.close(descriptor)
     sys.stdin = sys.stdin or open(0, closefd=False)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)
-    for stream in (sys.stdout, sys.stderr):
-        cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")  # some terminals cannot show every character
+    sys.stderr = sys.stderr or open(2, "w", closefd=False, errors="backslashreplace")  # which Python gives it otherwise
+    cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")  # some terminals cannot show every character
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:  # and not ignored, as by nohup
             signal.signal(number, signal.default_int_handler)
