@@ -1070,7 +1070,7 @@ app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option
 
 def fail(message: str, exit_code: int = 1) -> NoReturn:
     print(f"agent-junction: {message}", file=sys.stderr)
-    raise typer.Exit(exit_code)
+    sys.exit(exit_code)
 
 
 def option(variable: str, text: str, parse: Callable[[Any], Any] | None = None, **more: Any) -> Any:
@@ -1510,15 +1510,13 @@ def main() -> None:
         elif not arguments or (arguments[0].startswith("-") and arguments[0] not in GENERAL_OPTIONS):
             arguments = ["serve", *arguments]
         code = app(arguments, standalone_mode=False)
+        if code == 130:
+            fail("interrupted", code)
+        sys.exit(code)
     except typer.TyperException as error:
-        print(f"agent-junction: {error.format_message()}", file=sys.stderr)
-        code = error.exit_code
+        fail(error.format_message(), error.exit_code)
     except OSError as error:
-        print(f"agent-junction: input or output failed: {error}", file=sys.stderr)
-        code = 1
-    if code == 130:
-        print("agent-junction: interrupted", file=sys.stderr)
-    sys.exit(code)
+        fail(f"input or output failed: {error}")
 
 
 if __name__ == "__main__":
