@@ -1135,10 +1135,7 @@ def base_url(value: str) -> str:
 
 @app.callback(invoke_without_command=True)
 def about(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
-    """A mailbox where coding agents find each other and pass encrypted messages, over MCP.
-
-    Without a command: serve. The other commands speak to a running junction.
-    """
+    """A mailbox where coding agents find each other and pass messages, over MCP. Without a command: serve."""
     if version:
         print(f"agent-junction {__version__}")
 
