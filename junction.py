@@ -1279,17 +1279,15 @@ def send(
 ) -> None:
     """Send a message: agent-junction send crimson-falcon < .env
 
-    With --wait, stay and print what that alias answers; exit code 3 if nothing came.
+    With --wait, stay and print what that alias answers (or anybody, to *); exit code 3 if nothing came.
     """
-    if wait and alias == "*":
-        fail("--wait is for the answer of one alias, not of *", 2)
     text = message_text(message)
     with as_peer(url, token, session, ca) as (call, me):
         sent = call("send_message", target_alias=alias, message=text)
         whom = alias if alias != "*" else f"{sent['to_count']} peers"
         print(f"delivered to {whom} ({sent['waiting']} waiting for it)", file=sys.stderr if wait else sys.stdout)
         if wait:
-            receive(call, me, wait, alias, partial(show, raw=not sys.stdout.isatty()))
+            receive(call, me, wait, "" if alias == "*" else alias, partial(show, raw=not sys.stdout.isatty()))
 
 
 def message_text(message: str | None) -> str:
