@@ -1425,8 +1425,6 @@ def as_peer(url: str, token: str, session: str, ca: Path | None) -> Iterator[tup
         role = "" if session else SHELL
         joining = other.submit(call_tool, http, "register", session_id=session, role=role)
         try:
-            if session and isinstance(error := joining.exception(), ToolError):
-                raise ToolError(f"--session (JUNCTION_SESSION): {error}")
             me = joining.result()
             yield partial(call_tool, http, session_id=me["session_id"]), me["alias"]
         finally:
@@ -1469,7 +1467,7 @@ def connected(url: str, token: str, ca: Path | None) -> Iterator[httpx2.Client]:
         with httpx2.Client(base_url=url, headers=headers, verify=trust, trust_env=away, timeout=timeout) as http:
             yield http
     except ToolError as error:
-        fail(str(error))
+        fail(str(error).replace("This session_id", "--session (JUNCTION_SESSION)"))
     except (httpx2.HTTPError, ImportError, ssl.SSLError) as error:  # ImportError: of a proxy that it does not know
         fail(f"{url}: {why_unreachable(error)}", 4)
 
