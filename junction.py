@@ -758,7 +758,7 @@ async def follow() -> AsyncIterator[str]:
         for tick in count():
             if len(queued) > WATCHER_EVENTS or (junction.closed and not queued):
                 return
-            if tick % (SNAPSHOT_SECONDS * 10) == 0:
+            if tick % (SNAPSHOT_SECONDS * 10) == 0 and not junction.closed:  # the stop is told last
                 queued.append(junction.snapshot())
             told = "".join(f"event: {event['event']}\ndata: {json.dumps(event)}\n\n" for event in queued)
             queued.clear()
@@ -772,20 +772,21 @@ async def follow() -> AsyncIterator[str]:
 
 
 class OneExchange:
-    """ASGI middleware behind the Host guard: asks for the token, and serves a tool call of any era as one exchange.
+    """ASGI middleware behind the Host guard. It asks for the token, and serves a tool call of any era as one exchange.
 
-    For each call of an older client the SDK would set up a session, seven tasks and six streams, where none is kept.
-    It is handed on instead as what a 2026-07-28 client would have sent, at half the cost. A call that does not wait is
-    answered as JSON by a second application, `quick`: an event stream takes three tasks more, another fifth.
-    Whatever is not plainly a tool call goes the SDK's own way, to be served or refused in its words.
+    An older client's call is handed on as what a 2026-07-28 client would have sent, at half the cost: the SDK would set
+    up a session, seven tasks and six streams for it, and keep none of them. A call that does not wait is answered as
+    JSON by a second application, `quick`: an event stream takes three tasks more, another fifth. Whatever is not
+    plainly a tool call goes the SDK's own way, to be served or refused in its words. An older client cancels a call by
+    naming it, so its session id, given out here, and the call's own id tell which one to end.
     """
 
     def __init__(self, app: ASGIApp, quick: Starlette, token: str) -> None:
         self.app, self.quick = app, quick.router
         self.token = sha256(token) if token else b""
-        self.gather = RequestBodyLimitMiddleware(self.serve, BODY_BYTES)
+        self.gather = RequestBodyLimitMiddleware(self.serve, BODY_BYTES)  # serve gets the whole body, or nothing
         self.turn = asyncio.Lock()
-        self.waiting = WeakValueDictionary[tuple[bytes, str], anyio.CancelScope]()  # older calls, by session and id
+        self.waiting = WeakValueDictionary[tuple[bytes, str], anyio.CancelScope]()  # by session id and call's id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -820,8 +821,8 @@ class OneExchange:
         waits = not plain or params.get("arguments", {}).get("wait_seconds")
         call, reads = (session, repr(message.get("id"))), params.get("name") == "read_messages"
         del request, headers, message, params  # or each waiting call would keep 4 KB of them
-        # Calls that come together get a turn of the event loop each. If all ran in one turn, the last client's next
-        # request would arrive too late for the following turn: p99 at 2.9 to 4.4 medians instead of 1.2 to 1.9.
+        # Each call gets a turn of the event loop of its own. If all that came together ran in one turn, the last one's
+        # client would ask again too late for the next turn: p99 at 2.9 to 4.4 medians instead of 1.2 to 1.9.
         async with self.turn:
             await asyncio.sleep(0)
         if reads and scope["extensions"]["connection"]["is_closing"]():
@@ -829,7 +830,7 @@ class OneExchange:
         await (self.serve_waiting(call, scope, receive, send) if waits else self.quick(scope, receive, send))
 
     async def serve_waiting(self, call: tuple[bytes, str], scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a call that a client may cancel. It then gets no answer, only a proper end of its stream."""
+        """Serve what a client may cancel. A cancelled call gets no answer, only a proper end of its stream."""
         with anyio.CancelScope() as cancellation:
             self.waiting[call] = cancellation
             await self.app(scope, receive, send)
@@ -841,7 +842,7 @@ class OneExchange:
 
 
 def parsed(body: bytes) -> dict[str, Any]:
-    """A JSON-RPC message that has parameters. What is none, or has none, is the SDK's to answer."""
+    """A JSON-RPC message with parameters. Anything else is for the SDK to answer, so here it is an empty one."""
     with suppress(ValueError):
         message = pydantic_core.from_json(body)
         if isinstance(message, dict) and isinstance(message.get("params"), dict):
@@ -903,7 +904,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def has_more_than_its_share(self) -> bool:
-        """Whether all requests that are arriving take too much memory, and this one more than most."""
+        """Whether all requests that are arriving take too much memory, and this one more than its share."""
         everyone = cast(set[BoundedProtocol], self.connections)
         share = UNFINISHED_BYTES // len(everyone)
         return self.received > share and sum(one.received for one in everyone) > UNFINISHED_BYTES
@@ -970,7 +971,7 @@ def bind(host: str, port: int) -> socket.socket:
 def is_junction(host: str, port: int) -> bool:
     """Whether a junction answers there, over HTTP or HTTPS."""
     for scheme in ("http", "https"):
-        with suppress(httpx2.HTTPError, ValueError):
+        with suppress(httpx2.HTTPError, ValueError, TypeError):  # what answers may be no HTTP, no JSON, or a number
             url = httpx2.URL(scheme=scheme, host=host, port=port, path="/health")
             return "activePeers" in httpx2.get(url, verify=False, trust_env=False, timeout=1).json()
     return False
@@ -993,7 +994,7 @@ def harden() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # on Linux never infinite, which is -1 there
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, OPEN_FILES), hard))
     with suppress(OSError, AttributeError, TypeError):  # only Linux has this
         ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE, <linux/prctl.h>
@@ -1022,15 +1023,16 @@ IN_WORDS = {
     "messages_read": "{alias} read {count}",
     "snapshot": "{peers} here",
     "junction_stopped": "the junction stopped, {erased} unread erased",
-    "junction_lost": "the junction cannot be reached; trying again",
+    "junction_lost": "the connection to the junction has ended; trying again",
 }
 
 
 def in_words(event: Event) -> str:
     """An event as a line for people, with its local time."""
     when, to = datetime.fromisoformat(event["timestamp"]).astimezone(), event.get("to", [])
+    peers = len(event.get("peers", [])) + event.get("remaining", 0)
     labels = {"role": event.get("role") or "no role", "repo": event.get("repo") or "no repo"}
-    counts = {"to": to[0] if len(to) == 1 else f"{event.get('to_count')} peers", "peers": len(event.get("peers", []))}
+    counts = {"to": to[0] if len(to) == 1 else f"{event.get('to_count')} peers", "peers": peers}
     return f"{when:%H:%M:%S} {IN_WORDS[event['event']].format_map({**event, **labels, **counts})}"
 
 
@@ -1125,11 +1127,11 @@ def bearer_token(value: str) -> str:
     return value
 
 
-def base_url(value: str) -> str:
+def base_url(value: str) -> httpx2.URL:
     with suppress(httpx2.InvalidURL):
-        url = httpx2.URL(value)
+        url = httpx2.URL(value.rstrip("/").removesuffix("/mcp"))
         if url.scheme in ("http", "https") and url.host:
-            return value.rstrip("/").removesuffix("/mcp")
+            return url
     raise typer.BadParameter(f"{value!r} is not an http:// or https:// address")
 
 
@@ -1210,7 +1212,7 @@ def greeting(listener: socket.socket, token: str, made: str, tls: bool) -> Itera
         yield f"or stay in localhost mode and connect through SSH: ssh -L {port}:127.0.0.1:{port} THIS-MACHINE"
 
 
-Url = Annotated[str, option("URL", "The junction.", base_url)]
+Url = Annotated[Any, option("URL", "The junction.", base_url)]
 Token = Annotated[str, option("TOKEN", "Its bearer token.", bearer_token)]
 Session = Annotated[str, option("SESSION", "Speak as this session_id, not as a new peer.", str.strip)]
 Authority = Annotated[Path | None, option("CA", "PEM file of one more authority.", exists=True, dir_okay=False)]
@@ -1324,7 +1326,9 @@ def read(
         fail("--raw, --json and --output exclude each other", 2)
     if not (wait or session):
         fail("without --wait or --session (JUNCTION_SESSION) nothing could ever come", 2)
-    if output and ((output.exists() and not output.is_file()) or not os.access(output.parent / ".", os.W_OK)):
+    if output and (
+        (output.exists() and not output.is_file()) or not (output.parent.is_dir() and os.access(output.parent, os.W_OK))
+    ):
         fail(f"--output {str(output)!r} is not a regular file, or its folder cannot be written to", 2)
     with as_peer(url, token, session, ca) as (call, me):
         receive(call, me, wait, sender, partial(show, raw=raw, as_json=as_json, output=output))
@@ -1384,7 +1388,7 @@ def peer_table(peers: Sequence[Any], expand: bool) -> Table:
     return table
 
 
-def picture(url: str, peers: list[Any], latest: list[str]) -> Group:
+def picture(url: httpx2.URL, peers: list[Any], latest: list[str]) -> Group:
     """What `watch` draws: who is here, over what happened last, as much as the terminal holds."""
     height = Console().size.height
     latest = latest[-max(3, height // 3) :]
@@ -1418,7 +1422,7 @@ def watched(http: httpx2.Client) -> Iterator[Event]:
 
 
 @contextmanager
-def as_peer(url: str, token: str, session: str, ca: Path | None) -> Iterator[tuple[Call, str]]:
+def as_peer(url: httpx2.URL, token: str, session: str, ca: Path | None) -> Iterator[tuple[Call, str]]:
     """Speak as the peer of a session, or as a new one that leaves at the end: gives `call` and that peer's alias."""
     # Joining and leaving happen in another thread: whatever interrupts this one, who has joined leaves again.
     with connected(url, token, ca) as http, ThreadPoolExecutor(1) as other:
@@ -1451,24 +1455,25 @@ def call_tool(http: httpx2.Client, tool: str, **arguments: Any) -> Any:
 
 
 @contextmanager
-def connected(url: str, token: str, ca: Path | None) -> Iterator[httpx2.Client]:
+def connected(url: httpx2.URL, token: str, ca: Path | None) -> Iterator[httpx2.Client]:
     """An HTTP client for the junction at a base URL. Whatever goes wrong ends the command with one line."""
-    host = httpx2.URL(url).host
+    away = url.host != "localhost"
     with suppress(ValueError):
-        host = "localhost" if ipaddress.ip_address(host).is_loopback else host
-    away = host != "localhost"
+        away = not ipaddress.ip_address(url.host).is_loopback
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     timeout = httpx2.Timeout(10, read=60)  # a call that waits sends a sign of life every 15 s
     try:
         # There is nothing to verify on the way to a loopback address without TLS, and making a context takes 30 ms.
-        trust: Any = httpx2.create_ssl_context() if away or url.startswith("https:") else False
+        trust: Any = httpx2.create_ssl_context() if away or url.scheme == "https" else False
         if trust and ca:
             trust.load_verify_locations(ca)
         with httpx2.Client(base_url=url, headers=headers, verify=trust, trust_env=away, timeout=timeout) as http:
             yield http
     except ToolError as error:
         fail(str(error).replace("This session_id", "--session (JUNCTION_SESSION)"))
-    except (httpx2.HTTPError, ImportError, ssl.SSLError) as error:  # ImportError: of a proxy that it does not know
+    except ssl.SSLError as error:
+        fail(f"--ca (JUNCTION_CA) {str(ca)!r} is not a PEM file of certificates: {error.reason}", 2)
+    except (httpx2.HTTPError, ImportError, ValueError) as error:  # an unknown proxy; events that are not JSON
         fail(f"{url}: {why_unreachable(error)}", 4)
 
 
