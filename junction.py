@@ -1424,17 +1424,18 @@ def watched(http: httpx2.Client) -> Iterator[Event]:
 @contextmanager
 def as_peer(url: httpx2.URL, token: str, session: str, ca: Path | None) -> Iterator[tuple[Call, str]]:
     """Speak as the peer of a session, or as a new one that leaves at the end: gives `call` and that peer's alias."""
-    # Joining and leaving happen in another thread: whatever interrupts this one, who has joined leaves again.
+    joined: dict[str, Any] = {}
+    # Another thread joins, then leaves: whatever interrupts this one, who has joined leaves again.
     with connected(url, token, ca) as http, ThreadPoolExecutor(1) as other:
-        role = "" if session else SHELL
-        joining = other.submit(call_tool, http, "register", session_id=session, role=role)
+        call, role = partial(call_tool, http), "" if session else SHELL
+        other.submit(str).result()  # starts the thread: an interrupt while it starts would lose sight of it
         try:
-            me = joining.result()
-            yield partial(call_tool, http, session_id=me["session_id"]), me["alias"]
+            other.submit(lambda: joined.update(call("register", session_id=session, role=role))).result()
+            yield partial(call, session_id=joined["session_id"]), joined["alias"]
         finally:
-            if not session and not joining.exception():
-                with suppress(ToolError, httpx2.HTTPError):  # a junction that has gone has forgotten this peer, too
-                    other.submit(call_tool, http, "disconnect", session_id=joining.result()["session_id"]).result()
+            with suppress(LookupError, ToolError, httpx2.HTTPError):  # nobody joined, or the junction has gone as well
+                if not session:
+                    other.submit(lambda: call("disconnect", session_id=joined["session_id"])).result()
 
 
 def call_tool(http: httpx2.Client, tool: str, **arguments: Any) -> Any:
