@@ -116,6 +116,7 @@ WATCHERS, WATCHER_EVENTS = 16, 10_000  # connections to /events, and how many ev
 SNAPSHOT_SECONDS, SNAPSHOT_PEERS = 5, 2_000  # between the snapshots in /events; how many peers one shows
 BODY_BYTES = 256 * 1024  # of an HTTP request's body; 32 KiB of message is 192 KiB where JSON escapes every byte of it
 HEAD_BYTES, REQUEST_BYTES = 64 * 1024, 4 * 1024**2  # of its head, and of all of it, framing and ignored bytes included
+FIELD_BYTES = 120  # of memory that each field of a head takes beside its text
 UNFINISHED_BYTES = 64 * 1024**2  # of all requests that are still arriving
 REQUEST_SECONDS = 10  # a request must arrive, and an answer be taken, within one to two of these
 KEEP_ALIVE_SECONDS = 15  # longer than clients keep an idle connection, so that they close it first
@@ -786,7 +787,7 @@ class OneExchange:
         self.token = sha256(token) if token else b""
         self.gather = RequestBodyLimitMiddleware(self.serve, BODY_BYTES)  # serve gets the whole body, or nothing
         self.turn = asyncio.Lock()
-        self.waiting = WeakValueDictionary[tuple[bytes, str], anyio.CancelScope]()  # by session id and call's id
+        self.cancellable = WeakValueDictionary[tuple[bytes, str], anyio.CancelScope]()  # by session id and call's id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -800,7 +801,7 @@ class OneExchange:
 
     def has_token(self, scope: Scope) -> bool:
         scheme, _, token = Request(scope).headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and secrets.compare_digest(sha256(token), self.token)
+        return scheme.lower() == "bearer" and secrets.compare_digest(sha256(token.strip()), self.token)
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request on: a plain call that does not wait to `quick`, anything else to the SDK, which may wait."""
@@ -809,36 +810,43 @@ class OneExchange:
             return
         receive, message = partial(replay, [request], receive), parsed(request["body"])
         headers = dict(reversed(scope["headers"]))  # of a header that comes twice the SDK takes the first
-        session, method = headers.get(b"mcp-session-id", b""), message.get("method")
-        if method == "initialize":
+        session = headers.get(b"mcp-session-id", b"")
+        if message.get("method") == "initialize":
             send = partial(send_session_id, send)
-        elif method == "notifications/cancelled" and session:  # without a session any call could be meant
-            self.waiting.get((session, repr(message["params"].get("requestId"))), anyio.CancelScope()).cancel()
+        elif message.get("method") == "notifications/cancelled":
+            self.cancel(session, message["params"].get("requestId"))
         params, plain = message["params"], scope["path"] == "/mcp" and is_plain_call(headers, message)
         version = headers.get(b"mcp-protocol-version", mcp_types.DEFAULT_NEGOTIATED_VERSION.encode()).decode("latin-1")
         if plain and version in HANDSHAKE_PROTOCOL_VERSIONS:
             scope, request["body"] = to_modern(scope, message)
         waits = not plain or params.get("arguments", {}).get("wait_seconds")
-        call, reads = (session, repr(message.get("id"))), params.get("name") == "read_messages"
+        reads, call = params.get("name") == "read_messages", (session, repr(message.get("id")))
         del request, headers, message, params  # or each waiting call would keep 4 KB of them
-        # Each call gets a turn of the event loop of its own. If all that came together ran in one turn, the last one's
-        # client would ask again too late for the next turn: p99 at 2.9 to 4.4 medians instead of 1.2 to 1.9.
-        async with self.turn:
-            await asyncio.sleep(0)
-        if reads and scope["extensions"]["connection"]["is_closing"]():
-            return  # nobody would get what it takes
-        await (self.serve_waiting(call, scope, receive, send) if waits else self.quick(scope, receive, send))
-
-    async def serve_waiting(self, call: tuple[bytes, str], scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve what a client may cancel. A cancelled call gets no answer, only a proper end of its stream."""
         with anyio.CancelScope() as cancellation:
-            self.waiting[call] = cancellation
-            await self.app(scope, receive, send)
+            if session:  # without one, any call of that id could be meant
+                self.cancellable[call] = cancellation
+            # Each call gets a turn of the event loop of its own. If all that came together ran in one turn, the last
+            # one's client would ask again too late for the next turn: p99 at 2.9 to 4.4 medians instead of 1.2 to 1.9.
+            async with self.turn:
+                await asyncio.sleep(0)
+            if reads and scope["extensions"]["connection"]["is_closing"]():
+                return  # nobody would get what it takes
+            await (self.app if waits else self.quick)(scope, receive, send)
         if cancellation.cancel_called:
-            start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
-            for message in (start, {"type": "http.response.body"}):
-                with suppress(RuntimeError):  # uvicorn's, where the stream has been started, or ended, already
-                    await send(message)
+            await end_stream(send)
+
+    def cancel(self, session: bytes, call_id: object) -> None:
+        named = self.cancellable.get((session, repr(call_id)))
+        if named:
+            named.cancel()
+
+
+async def end_stream(send: Send) -> None:
+    """End the answer to a cancelled request properly: without a result, but not as a broken stream."""
+    start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+    for message in (start, {"type": "http.response.body"}):
+        with suppress(RuntimeError):  # uvicorn's, where the stream has been started, or ended, already
+            await send(message)
 
 
 def parsed(body: bytes) -> dict[str, Any]:
@@ -899,15 +907,18 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
         super().data_received(data)
-        head_is_whole = self.scope and "path" in self.scope
-        if self.received > (REQUEST_BYTES if head_is_whole else HEAD_BYTES) or self.has_more_than_its_share():
+        limit = REQUEST_BYTES if self.scope and "path" in self.scope else HEAD_BYTES  # uvicorn adds the path last
+        if self.received > limit or self.has_more_than_its_share():
             self.transport.abort()
 
     def has_more_than_its_share(self) -> bool:
         """Whether all requests that are arriving take too much memory, and this one more than its share."""
         everyone = cast(set[BoundedProtocol], self.connections)
         share = UNFINISHED_BYTES // len(everyone)
-        return self.received > share and sum(one.received for one in everyone) > UNFINISHED_BYTES
+        return self.held() > share and sum(one.held() for one in everyone) > UNFINISHED_BYTES
+
+    def held(self) -> int:
+        return self.received + FIELD_BYTES * len(self.headers or [])
 
     def on_headers_complete(self) -> None:
         # RFC 9110, 5.5: blanks around a value are not part of it; httptools leaves those behind it.
@@ -956,14 +967,17 @@ class Server(uvicorn.Server):
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket, or an exit with what is in the way of one."""
+    hint = "'--host' (env var: 'JUNCTION_HOST')"
+    unfit = typer.BadParameter(f"{host!r} is not an address or name of this machine", param_hint=hint)
+    if not host:
+        raise unfit
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, TypeError) as error:
         if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES):
             who = " A junction answers there already." if is_junction(host, port) else ""
             fail(f"cannot listen on {host} port {port}: {os.strerror(error.errno)}.{who}")
-        hint = "'--host' (env var: 'JUNCTION_HOST')"
-        raise typer.BadParameter(f"{host!r} is not an address or name of this machine", param_hint=hint) from None
+        raise unfit from None
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for all it accepts, or a call may take 40 ms
     return listener
 
@@ -1033,7 +1047,7 @@ def in_words(event: Event) -> str:
     peers = len(event.get("peers", [])) + event.get("remaining", 0)
     labels = {"role": event.get("role") or "no role", "repo": event.get("repo") or "no repo"}
     counts = {"to": to[0] if len(to) == 1 else f"{event.get('to_count')} peers", "peers": peers}
-    return f"{when:%H:%M:%S} {IN_WORDS[event['event']].format_map({**event, **labels, **counts})}"
+    return f"{when:%H:%M:%S} {IN_WORDS.get(event['event'], '{event}').format_map({**event, **labels, **counts})}"
 
 
 def run(listener: socket.socket, token: str, names: list[str], tls_cert: str, tls_key: str) -> None:
@@ -1326,12 +1340,35 @@ def read(
         fail("--raw, --json and --output exclude each other", 2)
     if not (wait or session):
         fail("without --wait or --session (JUNCTION_SESSION) nothing could ever come", 2)
-    if output and (
-        (output.exists() and not output.is_file()) or not (output.parent.is_dir() and os.access(output.parent, os.W_OK))
-    ):
-        fail(f"--output {str(output)!r} is not a regular file, or its folder cannot be written to", 2)
-    with as_peer(url, token, session, ca) as (call, me):
-        receive(call, me, wait, sender, partial(show, raw=raw, as_json=as_json, output=output))
+    with replacing(output) if output else nullcontext() as save, as_peer(url, token, session, ca) as (call, me):
+        receive(call, me, wait, sender, partial(show, raw=raw, as_json=as_json, save=save))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Give a function that writes the file, whole and with mode 0600. What is in its way shows before it is called."""
+
+    def save(data: bytes) -> None:
+        file.write(data)
+        file.truncate()
+        file.close()
+        os.replace(file.name, path)  # its error names both
+
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        file = tempfile.NamedTemporaryFile(prefix=".junction-", dir=path.parent, delete=False)
+    except OSError as error:
+        fail(f"--output {str(path)!r} cannot be written: {error.strerror}", 2)
+    try:
+        file.write(bytes(MESSAGE_BYTES))  # room for a message, if the disk still has it
+        file.seek(0)
+        yield save
+    finally:
+        if not file.closed:  # nothing was saved
+            with suppress(OSError):  # which a full disk raises once more
+                file.close()
+            os.unlink(file.name)
 
 
 def receive(call: Call, me: str, wait: float, sender: str, show: Callable[[Read], None]) -> None:
@@ -1346,6 +1383,11 @@ def receive(call: Call, me: str, wait: float, sender: str, show: Callable[[Read]
             taken["messages"] += page["messages"]
             page = call("read_messages", sender=sender)
         taken["remaining"] = page["remaining"]
+    except KeyboardInterrupt:  # a message may have been on its way
+        if not taken["messages"]:
+            with suppress(ToolError, httpx2.HTTPError):
+                taken["messages"] += call("read_messages", sender=sender, again=True)["messages"]
+        raise
     finally:  # what was taken is shown, whatever happens to the rest
         show(taken)
     if not taken["messages"]:
@@ -1353,18 +1395,14 @@ def receive(call: Call, me: str, wait: float, sender: str, show: Callable[[Read]
         raise typer.Exit(3 if wait else 0)
 
 
-def show(answer: Read, raw: bool, as_json: bool = False, output: Path | None = None) -> None:
+def show(answer: Read, raw: bool, as_json: bool = False, save: Callable[[bytes], None] | None = None) -> None:
     """Write messages: to a file, or as bytes, as JSON, or as readable text with control characters escaped."""
     data = "".join(message["message"] for message in answer["messages"]).encode()
     if as_json:
         print(json.dumps(answer), flush=True)
-    elif data and (raw or output):
-        if output:  # a file of mode 0600, whole or not at all: what cannot take its place is kept beside it
-            with tempfile.NamedTemporaryFile(prefix=".junction-", dir=output.parent, delete=False) as file:
-                file.write(data)
-            os.replace(file.name, output)  # its error names both
-        else:
-            typer.echo(data, nl=False)
+    elif data and (raw or save):
+        write = save or partial(typer.echo, nl=False)
+        write(data)
         senders = dict.fromkeys(message["from"] for message in answer["messages"])
         print(f"from {', '.join(senders)}", file=sys.stderr)  # the text alone does not say whose it is
     else:
@@ -1408,7 +1446,8 @@ def watched(http: httpx2.Client) -> Iterator[Event]:
     while True:
         try:
             with http.sse("/events", max_event_size=None) as source:
-                source.response.raise_for_status()
+                if not reached or source.response.status_code < 500:  # a proxy's, while the junction is away
+                    source.response.raise_for_status()
                 for event in source:
                     reached, lost = True, False
                     yield json.loads(event.data)
@@ -1443,16 +1482,14 @@ def call_tool(http: httpx2.Client, tool: str, **arguments: Any) -> Any:
     headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
     params = {"name": tool, "arguments": arguments}
     request = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
-    response = http.post("/mcp", content=request, headers=headers).raise_for_status()
+    timeout = 60 if arguments.get("wait_seconds") else 10  # the server sends a waiting call a sign of life every 15 s
+    response = http.post("/mcp", content=request, headers=headers, timeout=timeout).raise_for_status()
     answer = f"\n{response.text}".rpartition("\ndata: ")[2]  # of an event stream, the last event
-    try:
-        result = mcp_types.CallToolResult.model_validate(json.loads(answer)["result"])
-        if not result.is_error:
-            return result.structured_content
+    result = mcp_types.CallToolResult.model_validate(json.loads(answer)["result"])
+    if result.is_error:
         (refusal,) = result.content
-    except (LookupError, TypeError, ValueError):
-        raise httpx2.DecodingError("what answers there is not a junction") from None
-    raise ToolError(getattr(refusal, "text", "").rsplit(" Call ", 1)[0])
+        raise ToolError(getattr(refusal, "text", "").rsplit(" Call ", 1)[0])
+    return result.structured_content
 
 
 @contextmanager
@@ -1462,20 +1499,21 @@ def connected(url: httpx2.URL, token: str, ca: Path | None) -> Iterator[httpx2.C
     with suppress(ValueError):
         away = not ipaddress.ip_address(url.host).is_loopback
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    timeout = httpx2.Timeout(10, read=60)  # a call that waits sends a sign of life every 15 s
     try:
         # There is nothing to verify on the way to a loopback address without TLS, and making a context takes 30 ms.
         trust: Any = httpx2.create_ssl_context() if away or url.scheme == "https" else False
         if trust and ca:
             trust.load_verify_locations(ca)
-        with httpx2.Client(base_url=url, headers=headers, verify=trust, trust_env=away, timeout=timeout) as http:
+        with httpx2.Client(base_url=url, headers=headers, verify=trust, trust_env=away, timeout=60) as http:
             yield http
     except ToolError as error:
         fail(str(error).replace("This session_id", "--session (JUNCTION_SESSION)"))
     except ssl.SSLError as error:
-        fail(f"--ca (JUNCTION_CA) {str(ca)!r} is not a PEM file of certificates: {error.reason}", 2)
-    except (httpx2.HTTPError, ImportError, ValueError) as error:  # an unknown proxy; events that are not JSON
+        fail(f"--ca (JUNCTION_CA) {str(ca)!r}, or SSL_CERT_FILE, holds no certificates: {error.reason}", 2)
+    except (httpx2.HTTPError, httpx2.InvalidURL, ImportError) as error:  # the latter two: of a proxy
         fail(f"{url}: {why_unreachable(error)}", 4)
+    except (LookupError, TypeError, ValueError, RecursionError):
+        fail(f"{url}: what answers there is not a junction", 4)
 
 
 def why_unreachable(error: Exception) -> str:
@@ -1498,9 +1536,9 @@ def main() -> None:
     sys.stdout = sys.stdout or open(1, "w", closefd=False)
     sys.stderr = sys.stderr or open(2, "w", closefd=False, errors="backslashreplace")  # which Python gives it otherwise
     cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")  # some terminals cannot show every character
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) == signal.SIG_DFL:  # and not ignored, as by nohup
-            signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # and not ignored, as by nohup
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     arguments = sys.argv[1:]
     try:
         if arguments in (["-h"], ["--help"]):

@@ -1179,6 +1179,24 @@ def test_a_cancelled_notification_ends_the_call_that_it_names_and_no_other(tuned
     assert bob.read() == ["hello"]
 
 
+@POSIX
+def test_a_call_that_is_cancelled_before_its_turn_has_come_takes_nothing(tuned: Server) -> None:
+    ann, bob, session = Agent(tuned), Agent(tuned, LEGACY), session_of(tuned)
+    reader, canceller, *crowd = [connect(tuned) for _ in range(102)]
+    ask(tuned, "/health")  # when this is answered, all of them have been accepted
+    for talk in crowd:
+        talk.sendall(ann.request("list_peers"))
+    reader.sendall(bob.request("read_messages", 7, {"mcp-session-id": session}, wait_seconds=60))
+    cancel = json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 7}}).encode()
+    canceller.sendall(on_the_wire(cancel, rpc(LEGACY, "", {})[1] | {"mcp-session-id": session}))
+    for talk in (*crowd, canceller):
+        receive(talk, b"HTTP/1.1 20")
+    until(lambda: not bob.waits())
+    receive(reader, b"HTTP/1.1 200")
+    ann.send(bob.alias, "hello")
+    assert bob.read() == ["hello"]
+
+
 # fmt: off
 def variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Ways to change a call of known_hosts: a text in its body, what is there instead, and headers (None: left out)."""
@@ -1364,10 +1382,17 @@ def test_unfinished_requests_are_closed_in_time_and_others_served(tuned: Server)
     receive(reading, b"hello")  # it waited all the while
 
 
+UNFINISHED = {
+    "a body": on_the_wire(b"y" * 250_000, rpc(MODERN, "known_hosts", {})[1])[:200_000],
+    "a body behind the token": on_the_wire(b"y" * 250_000, {"authorization": RIGHT[0]})[:200_000],
+    "a head of many fields": b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"a:b\r\n" * 12_000,
+}
+
+
 @LINUX
-@pytest.mark.parametrize("token", [{}, {"authorization": RIGHT[0]}], ids=["without the token", "with it"])
-def test_a_thousand_unfinished_bodies_take_130_mb_at_most(guarded: Server, token: dict[str, str]) -> None:
-    request = on_the_wire(b"y" * 250_000, rpc(MODERN, "known_hosts", {})[1] | token)[:200_000]
+@pytest.mark.parametrize("what", UNFINISHED)
+def test_a_thousand_unfinished_requests_take_130_mb_at_most(guarded: Server, what: str) -> None:
+    request = UNFINISHED[what]
     before = resident(guarded)
     with contextlib.ExitStack() as stack:
         for _ in range(1_000):
@@ -1469,15 +1494,15 @@ def test_an_output_that_takes_nothing_neither_stops_nor_holds_up_the_server(wher
 
 
 @POSIX
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_it_within_3_s_answering_500_waiting_calls_and_saying_what_went(how: signal.Signals) -> None:
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_stops_it_within_3_s_answering_500_waiting_calls_and_saying_what_went(how: str) -> None:
     with running() as there:
         bobs = [Agent(there, era) for era in ERAS * 250]
         for text in ("one", "two", "three"):
             bobs[0].send(Agent(there).alias, text)
         talks = [connect(there, bob.request("read_messages", wait_seconds=600)) for bob in bobs]
         until(lambda: len(waiting(there)) == 500)
-        assert there.stops_in_silence(how)
+        assert there.stops_in_silence(signal.Signals[how])
         assert there.said().count("3 unread") == 1
         for talk in talks:
             receive(talk, b"shutting down")
@@ -1905,6 +1930,7 @@ FAILURES = [
     ("peers --ca /no/such/file", b"", 2, "'/no/such/file'"),
     ("nonsense", b"", 2, "nonsense"),
     ("--nonsense", b"", 2, "--nonsense"),
+    ("--host=", b"", 2, "''"),
 ]
 
 
@@ -1919,6 +1945,7 @@ def test_a_failure_is_a_line_and_leaves_no_peer(cli: Cli, server: Server, failur
 
 
 ANSWERS = ["json hi", "json []", 'json {"result": null}', 'json {"result": {"isError": true}}', "events data: x"]
+ANSWERS += ['json {"result": {"content": [], "structuredContent": []}}', 'events data: {"event": "something"}']
 
 
 @pytest.mark.parametrize("other_http", ANSWERS, indirect=True)
@@ -1975,12 +2002,10 @@ def test_an_output_that_takes_nothing_is_no_traceback(server: Server, where: str
     assert (done.returncode, done.stderr.count("\n"), "No space left" in done.stderr) == (code, code, code == 1)
 
 
-@POSIX
-@pytest.mark.parametrize("moment", range(6))
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_interrupting_any_call_leaves_no_peer(cli: Cli, server: Server, how: signal.Signals, moment: int) -> None:
-    """A relay stands before the server and interrupts at a request or answer of: register, read, disconnect."""
-    before, heads, main = get(server, "/health")["activePeers"], count(), threading.main_thread().ident or 0
+@contextlib.contextmanager
+def interrupting(server: Server, how: signal.Signals, moment: int) -> Iterator[str]:
+    """The address of a relay that interrupts at a request or answer of: register, read, disconnect."""
+    heads, main = count(), threading.main_thread().ident or 0
 
     def relay(self: Any) -> None:
         data = b"something"
@@ -1994,9 +2019,39 @@ def test_interrupting_any_call_leaves_no_peer(cli: Cli, server: Server, how: sig
                 target.sendall(data)
 
     with answering(relay) as address:
+        yield address
+
+
+@POSIX
+@pytest.mark.parametrize("moment", range(6))
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_any_call_leaves_no_peer(cli: Cli, server: Server, how: signal.Signals, moment: int) -> None:
+    before = get(server, "/health")["activePeers"]
+    with interrupting(server, how, moment) as address:
         ended = cli("read", "--wait", "0.1", at=address)
     assert (ended.code, ended.out, ended.err.splitlines()[-1]) == (130, "", "agent-junction: interrupted")
     until(lambda: get(server, "/health")["activePeers"] == before)
+
+
+@POSIX
+@pytest.mark.parametrize("moment", range(4))
+def test_interrupting_a_read_loses_no_message(cli: Cli, server: Server, moment: int) -> None:
+    ann, bob = Agent(server), Agent(server)
+    ann.send(bob.alias, "hello")
+    with interrupting(server, signal.SIGINT, moment) as address:
+        ended = cli("read", "--raw", at=address, JUNCTION_SESSION=bob.session_id)
+    assert (ended.code, [ended.out, *bob.read()]) in [(130, ["hello"]), (130, ["", "hello"])]
+
+
+@POSIX
+def test_a_full_disk_is_noticed_before_a_message_is_taken(server: Server, tmp_path: Path) -> None:
+    ann, bob = Agent(server), Agent(server)
+    ann.send(bob.alias, "hello")
+    command = f"ulimit -f 8; {sys.executable} -m junction read --output {tmp_path}/.env"
+    env = environment(JUNCTION_URL=server.url, JUNCTION_SESSION=bob.session_id)
+    done = subprocess.run(["sh", "-c", command], env=env, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr.count("\n"), os.listdir(tmp_path)) == (1, 1, [])
+    assert bob.read() == ["hello"]
 
 
 # --- The README says what is so ---------------------------------------------------------------------------------------
