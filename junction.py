@@ -822,7 +822,7 @@ class OneExchange:
         waits = not plain or params.get("arguments", {}).get("wait_seconds")
         reads, call = params.get("name") == "read_messages", (session, repr(message.get("id")))
         del request, headers, message, params  # or each waiting call would keep 4 KB of them
-        # Without a session, any call of an id could be meant.
+        # It can be cancelled from now on. Without a session, any call of that id could be meant.
         with anyio.CancelScope() if session else nullcontext() as cancellation:
             if cancellation:
                 self.cancellable[call] = cancellation
@@ -877,7 +877,7 @@ def is_plain_call(headers: dict[bytes, bytes], message: dict[str, Any]) -> bool:
 
 
 def to_modern(scope: Scope, message: dict[str, Any]) -> tuple[Scope, bytes]:
-    """An older client's tool call as a request of 2026-07-28: its ASGI scope and body."""
+    """An older client's tool call as one of 2026-07-28: its scope and body. Nobody looks at content-length again."""
     params, version = message["params"], LATEST_MODERN_VERSION
     tool = params["name"].encode()
     routing = {b"mcp-protocol-version": version.encode(), b"mcp-method": b"tools/call", b"mcp-name": tool}
