@@ -1899,6 +1899,12 @@ def test_watch_elsewhere_is_a_line_or_a_document_for_each_event_and_comes_back()
     assert {datetime.fromisoformat(event["timestamp"]).utcoffset() for event in events} == {timedelta(0)}
 
 
+def test_a_line_for_an_event_counts_all_peers_and_names_what_it_does_not_know() -> None:
+    event = {"event": "snapshot", "timestamp": "2026-01-01T00:00:00+00:00", "peers": [{}], "remaining": 4}
+    assert app.in_words(event).endswith(" 5 here")
+    assert app.in_words(event | {"event": "something_new"}).endswith(" something_new")
+
+
 @POSIX
 def test_on_a_terminal_a_wait_shows_that_it_lives_and_a_typed_message_can_be_sent(server: Server) -> None:
     with Shell("read", "--wait", "20", terminal=True, JUNCTION_URL=server.url) as reader:
