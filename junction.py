@@ -869,7 +869,10 @@ def is_plain_call(headers: dict[bytes, bytes], message: dict[str, Any]) -> bool:
         and params.keys() <= {"name", "arguments", "_meta"}
         and message["jsonrpc"] == "2.0"
         and type(message["id"]) in (int, str)
-        and (isinstance(name, str) and name in mcp.known and isinstance(arguments, dict) and isinstance(meta, dict))
+        and isinstance(name, str)
+        and name in mcp.known
+        and isinstance(arguments, dict)
+        and isinstance(meta, dict)
         and type(meta.get("progressToken", 0)) in (int, str)
         and headers.get(b"content-type", b"").partition(b";")[0].strip() == b"application/json"
         and {*headers.get(b"accept", b"").replace(b" ", b"").split(b",")} >= {b"application/json", b"text/event-stream"}
@@ -1048,11 +1051,12 @@ def in_words(event: Event) -> str:
     peers = len(event.get("peers", [])) + event.get("remaining", 0)
     labels = {"role": event.get("role") or "no role", "repo": event.get("repo") or "no repo"}
     counts = {"to": to[0] if len(to) == 1 else f"{event.get('to_count')} peers", "peers": peers}
-    return f"{when:%H:%M:%S} {IN_WORDS.get(event['event'], '{event}').format_map({**event, **labels, **counts})}"
+    form = IN_WORDS.get(event["event"], "{event}")  # a newer junction may tell of more
+    return f"{when:%H:%M:%S} {form.format_map({**event, **labels, **counts})}"
 
 
 def run(listener: socket.socket, token: str, names: list[str], tls_cert: str, tls_key: str) -> None:
-    """Serve until SIGINT or SIGTERM."""
+    """Serve until SIGINT or SIGTERM, or until the terminal is closed (SIGHUP)."""
     logging.disable(logging.CRITICAL)  # libraries log arguments and session ids; and a full standard error would block
     mcp.known.update((tool.name, tool) for tool in asyncio.run(mcp.list_tools()))
     # Private: no tool takes an argument from a header (x-mcp-header). Without this answer the SDK looks for one by
