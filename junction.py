@@ -81,6 +81,7 @@ from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS, LATEST_MODERN_VERSION
 from nacl._sodium import ffi, lib as sodium  # private: sodium_memzero has no other name; pyproject.toml bounds PyNaCl
 from pydantic import ValidationError as PydanticError
 from rich.console import Console, Group
+from rich.layout import Layout
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -1431,18 +1432,14 @@ def peer_table(peers: Sequence[Any], expand: bool) -> Table:
     return table
 
 
-def picture(url: httpx2.URL, peers: list[Any], latest: list[str]) -> Group:
-    """What `watch` draws: who is here, over what happened last, as much as the terminal holds."""
-    height = Console().size.height
-    latest = latest[-max(3, height // 3) :]
-    rows = max(1, height - len(latest) - 5)
-    title = f"{url}  {len(peers)}{'+' * (len(peers) >= SNAPSHOT_PEERS)} here\n"
-    return Group(
-        Text(title, style="bold", no_wrap=True, overflow="ellipsis"),
-        peer_table(peers[:rows], expand=True),
-        Text(f"and {len(peers) - rows} more" if len(peers) > rows else ""),
-        Text("\n".join(latest), no_wrap=True, overflow="ellipsis"),
-    )
+def picture(url: httpx2.URL, peers: list[Any], latest: list[str]) -> Layout:
+    """What `watch` draws: who is here, over what happened, newest first. Layout cuts both to the terminal's height."""
+    line = partial(Text, no_wrap=True, overflow="ellipsis")
+    title = line(f"{url}  {len(peers)}{'+' * (len(peers) >= SNAPSHOT_PEERS)} here\n", style="bold")
+    drawn = Layout()
+    table = peer_table(peers[:200], expand=True)  # no terminal shows more
+    drawn.split_column(Layout(Group(title, table), ratio=2), Layout(line("\n".join(reversed(latest)))))
+    return drawn
 
 
 def watched(http: httpx2.Client) -> Iterator[Event]:

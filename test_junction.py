@@ -2086,8 +2086,7 @@ def test_the_readme_states_the_limits_as_they_are() -> None:
     assert f"; {app.WATCHERS} watchers |" in README
 
 
-def test_the_readmes_picture_of_watch_is_what_watch_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LINES", "12")
+def test_the_readmes_picture_of_watch_is_what_watch_draws() -> None:
     (shown,) = re.findall(r"```\n(http://127\.0\.0\.1:4200  .*?)```", README, re.DOTALL)
     labels = [
         ("brief-pan", "frontend", "web-shop", "checkout page", 0, True, 0),
@@ -2097,6 +2096,6 @@ def test_the_readmes_picture_of_watch_is_what_watch_draws(monkeypatch: pytest.Mo
     ]
     keys = ("alias", "role", "repo", "task", "idle_seconds", "waiting", "unread")
     peers = [dict(zip(keys, peer, strict=True)) for peer in labels]
-    picture = app.picture(app.base_url(app.DEFAULT_URL), peers, shown.splitlines()[-4:])
-    Console(width=80, file=(drawn := io.StringIO())).print(picture)
-    assert [line.rstrip() for line in drawn.getvalue().splitlines()] == shown.splitlines()
+    picture = app.picture(app.base_url(app.DEFAULT_URL), peers, shown.splitlines()[:-4:-1])
+    Console(width=80, height=11, file=(drawn := io.StringIO())).print(picture)
+    assert [line.rstrip() for line in drawn.getvalue().rstrip().splitlines()] == shown.splitlines()
