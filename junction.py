@@ -601,9 +601,6 @@ class Junction:
             await asyncio.sleep(0)
 
 
-junction = Junction()
-
-
 # --- The tools --------------------------------------------------------------------------------------------------------
 
 INSTRUCTIONS = """\
@@ -647,17 +644,15 @@ class ToolServer(FastMCP[Any]):
             raise ToolError(f"Wrong arguments: {what}. Call {name} again with these corrected.") from None
 
 
-mcp = ToolServer("junction", instructions=INSTRUCTIONS, version=__version__, mask_error_details=True)
-# Without these `codex exec` refuses to call a tool. disconnect has none: it erases an inbox.
-HARMLESS = {"destructiveHint": False, "openWorldHint": False}
-
-
 async def report(waited: float, limit: float) -> None:
     """Tell the client of the current call that it still waits: one that hears nothing gives up."""
     await get_context().report_progress(round(waited), limit, f"waited {waited:.0f} of {limit:.0f} s")
 
 
-junction.report = report
+junction = Junction(report=report)
+mcp = ToolServer("junction", instructions=INSTRUCTIONS, version=__version__, mask_error_details=True)
+# Without these `codex exec` refuses to call a tool. disconnect has none: it erases an inbox.
+HARMLESS = {"destructiveHint": False, "openWorldHint": False}
 
 
 @mcp.tool(annotations=HARMLESS)
