@@ -485,13 +485,14 @@ class Junction:
         check_wait(seconds)
 
         def mail() -> list[Sealed]:
-            return [sealed for sealed in peer.inbox if sender in ("", sealed.sender)]
+            """What there is to take. Raises ToolError for a wait in vain: nothing is there, nor is its sender."""
+            found = [sealed for sealed in peer.inbox if sender in ("", sealed.sender)]
+            if seconds and not found and sender not in ("", JUNCTION) and sender not in self.peers:
+                raise self._nobody(sender)
+            return found
 
-        def hopeless() -> bool:  # the one waited for is not here, and has left nothing
-            return not mail() and sender not in ("", JUNCTION) and sender not in self.peers
-
-        if seconds and not again and hopeless():
-            raise self._nobody(sender)  # before an older read is ended for it
+        if seconds and not again:
+            mail()  # no older read is ended for a wait in vain
         if peer.reader and (again or seconds):  # the client of the older one has probably given it up, without a word
             peer.reader.ring("A newer read_messages took over and gets the messages. Do not repeat this call.")
             peer.reader = None
@@ -500,9 +501,7 @@ class Junction:
             return self._open(peer, [sealed for sealed in peer.handed if sender in ("", sealed.sender)])
         if seconds:
             peer.reader = Wait(sender)
-            await self._wait(peer, peer.reader, lambda: mail() or hopeless(), seconds)
-            if hopeless():
-                raise self._nobody(sender)
+            await self._wait(peer, peer.reader, mail, seconds)
         found = mail()
         batch = found[: fitting(sealed.units for sealed in found)]
         for sealed in batch:
@@ -515,7 +514,7 @@ class Junction:
     async def _wait(self, peer: Peer, wait: Wait, ready: Callable[[], object], seconds: float) -> None:
         """Wait until ready(), or until the time is over. It takes nothing, so a call cancelled in here loses nothing.
 
-        Raises ToolError if the wait has to end: its peer has left, the junction closes, or a newer read took over.
+        Raises what ready() raises, and ToolError if the peer has left, the junction closes, or a newer read took over.
         """
         began = self.clock()
         peer.waits.add(wait)
@@ -567,22 +566,21 @@ class Junction:
         reason = "The junction is shutting down" if self.closed else f"{peer.alias} left during this call"
         for wait in peer.waits:
             wait.ring(f"{reason}, and its inbox has been erased. Call register for a new session_id.")
-        unread = Counter(sealed.sender for sealed in peer.inbox)
         self._uncount([*peer.inbox, *peer.handed])
         if not self.closed:
             self._tell("peer_left", alias=peer.alias, role=peer.role, why=why, erased=len(peer.inbox))
-            self._notify(peer.alias, why, unread)
+            self._notify(peer, why)
         return len(peer.inbox)
 
-    def _notify(self, gone: str, why: str, unread: Counter[str]) -> None:
+    def _notify(self, gone: Peer, why: str) -> None:
         """Tell the senders of erased messages, whatever their inboxes' limits, and whoever waits for the one gone."""
-        for alias, number in unread.items():
-            if (peer := self.peers.get(alias)) and self.messages < JUNCTION_MESSAGES:
-                text = f"{gone} {why}. Unread messages of yours, erased with it: {number}."
+        for alias, number in Counter(sealed.sender for sealed in gone.inbox).items():
+            if (sender := self.peers.get(alias)) and self.messages < JUNCTION_MESSAGES:
+                text = f"{gone.alias} {why}. Unread messages of yours, erased with it: {number}."
                 notice: Message = {"from": JUNCTION, "message": text, "timestamp": self.now()}
-                self._put(peer, notice, utf16_units(notice))
+                self._put(sender, notice, utf16_units(notice))
         for peer in self.peers.values():
-            if peer.reader and peer.reader.wanted == gone:
+            if peer.reader and peer.reader.wanted == gone.alias:
                 peer.reader.ring()
 
     def close(self) -> None:
