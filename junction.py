@@ -51,7 +51,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from importlib.metadata import distribution
-from io import TextIOWrapper
 from itertools import accumulate, count, islice, takewhile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn, cast
@@ -79,7 +78,6 @@ from fastmcp.tools import Tool, ToolResult
 from mcp.server.transport_security import RequestBodyLimitMiddleware
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS, LATEST_MODERN_VERSION
 from nacl._sodium import ffi, lib as sodium  # private: sodium_memzero has no other name; pyproject.toml bounds PyNaCl
-from pydantic import ValidationError as PydanticError
 from rich.console import Console, Group
 from rich.layout import Layout
 from rich.live import Live
@@ -355,19 +353,19 @@ class Junction:
         """Add a peer, or resume that of a session_id. Labels that are not empty replace what it had."""
         for name, value in (("repo", repo), ("task", task), ("role", role)):
             check_label(name, value)
-        resumed = self.find(session_id) if session_id else None
-        session_id = session_id or secrets.token_hex(16)  # 128 random bits
-        peer = resumed or self._join(sha256(session_id))
-        peer.repo, peer.task, peer.role = repo or peer.repo, task or peer.task, role or peer.role
-        if not resumed:
-            self._tell("peer_joined", **self.describe(peer))
+        if session_id:
+            peer = self.find(session_id)
+            peer.repo, peer.task, peer.role = repo or peer.repo, task or peer.task, role or peer.role
+        else:
+            session_id = secrets.token_hex(16)  # 128 random bits
+            peer = self._join(sha256(session_id), repo, task, role)
         for wait in self.seekers:
             if wait.wanted in ("", peer.role):
                 wait.ring()
         others, unread = len(self.peers) - 1, len(peer.inbox)
         return {"alias": peer.alias, "session_id": session_id, "peer_count": others, "unread": unread}
 
-    def _join(self, digest: bytes) -> Peer:
+    def _join(self, digest: bytes, repo: str, task: str, role: str) -> Peer:
         if self.closed:
             raise ToolError("The junction is shutting down. Call register when it is back.")
         if len(self.peers) >= JUNCTION_PEERS:
@@ -375,8 +373,9 @@ class Junction:
         alias = next(self.names, None)
         if alias is None:
             raise ToolError("The junction has given all of its aliases. Ask your user to restart it.")
-        peer = Peer(alias, digest, make_key(), self.now(), self.clock())
+        peer = Peer(alias, digest, make_key(), self.now(), self.clock(), repo, task, role)
         self.peers[alias] = self.sessions[digest] = peer
+        self._tell("peer_joined", **self.describe(peer))
         return peer
 
     def _matching(self, peer: Peer, role: str = "") -> Iterator[Peer]:
@@ -403,8 +402,8 @@ class Junction:
 
     def _seen_by(self, peer: Peer, other: Peer) -> PeerInfo:
         unread = sum(sealed.sender == peer.alias for sealed in other.inbox)
-        for_peer = {"waiting": other.reads_from(peer.alias), "unread_from_you": unread}
-        return cast(PeerInfo, {**self.describe(other), **for_peer})
+        waiting = other.reads_from(peer.alias)
+        return cast(PeerInfo, {**self.describe(other), "waiting": waiting, "unread_from_you": unread})
 
     def snapshot(self) -> Event:
         """Everything that may be seen, as the event that a watcher gets first."""
@@ -557,10 +556,7 @@ class Junction:
         return {"messages": [unseal(peer, sealed) for sealed in batch], "remaining": len(peer.inbox)}
 
     def leave(self, peer: Peer, why: str = "left") -> int:
-        """Erase a peer: zero its key, answer its waiting calls, tell the senders of what it had not read.
-
-        Returns how many messages it had not read.
-        """
+        """Erase a peer and its key, answer its waiting calls, tell senders what it had not read. Returns how many."""
         del self.peers[peer.alias], self.sessions[peer.digest]
         wipe(peer.key)
         reason = "The junction is shutting down" if self.closed else f"{peer.alias} left during this call"
@@ -637,7 +633,7 @@ class ToolServer(FastMCP[Any]):
         try:
             return await super().call_tool(name, arguments, **options)
         except ValidationError as error:
-            wrong = cast(PydanticError, error.__cause__).errors()[:5]
+            wrong = cast(Any, error.__cause__).errors()[:5]
             what = "; ".join(f"{'.'.join(map(str, e['loc']))[:80]}: {e['msg']}" for e in wrong)
             raise ToolError(f"Wrong arguments: {what}. Call {name} again with these corrected.") from None
 
@@ -1530,7 +1526,7 @@ def main() -> None:
     sys.stdin = sys.stdin or open(0, closefd=False)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)
     sys.stderr = sys.stderr or open(2, "w", closefd=False, errors="backslashreplace")  # which Python gives it otherwise
-    cast(TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")  # some terminals cannot show every character
+    cast(Any, sys.stdout).reconfigure(errors="backslashreplace")  # some terminals cannot show every character
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # and not ignored, as by nohup
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
