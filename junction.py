@@ -297,17 +297,23 @@ def check_wait(seconds: float) -> None:
         raise ToolError(f"wait_seconds is {seconds:g}; it must be from 0 to {WAIT_SECONDS}. Call again.")
 
 
-def check_text(text: str) -> int:
-    """The bytes that a message's text takes as UTF-8."""
+def check_message(message: Message) -> tuple[int, int]:
+    """The size of a message: the bytes of its text as UTF-8, and the UTF-16 code units that it takes in an answer."""
     try:
-        size = len(text.encode())
+        size = len(message["message"].encode())
     except UnicodeEncodeError as error:
         raise ToolError(f"message has a lone surrogate at {error.start}, so it is not text. Send base64.") from None
     if not size:
         raise ToolError("message is empty. Call send_message again with some text.")
     if size > MESSAGE_BYTES:
         raise ToolError(f"message is {size} bytes of UTF-8; the limit is {MESSAGE_BYTES}. Send it in parts.")
-    return size
+    units = utf16_units(message)
+    if units > SINGLE_UNITS:
+        raise ToolError(
+            f"message takes {units} characters as JSON, where quotes, backslashes and line ends take two and other "
+            f"control characters six; the limit is {SINGLE_UNITS}. Send it in parts."
+        )
+    return size, units
 
 
 @dataclass(eq=False)
@@ -424,14 +430,8 @@ class Junction:
 
     def send(self, sender: Peer, target: str, text: str) -> Sent:
         """Seal a message into one inbox, or with `*` into everybody else's: into all of them, or ToolError and none."""
-        size = check_text(text)
         message: Message = {"from": sender.alias, "message": text, "timestamp": self.now()}
-        units = utf16_units(message)
-        if units > SINGLE_UNITS:
-            raise ToolError(
-                f"message takes {units} characters as JSON, where quotes, backslashes and line ends take two and other "
-                f"control characters six; the limit is {SINGLE_UNITS}. Send it in parts."
-            )
+        size, units = check_message(message)
         if target == sender.alias:
             raise ToolError(f"{target} is you. Call list_peers to see who else is here.")
         if target != "*" and target not in self.peers:
