@@ -309,10 +309,7 @@ def check_message(message: Message) -> tuple[int, int]:
         raise ToolError(f"message is {size} bytes of UTF-8; the limit is {MESSAGE_BYTES}. Send it in parts.")
     units = utf16_units(message)
     if units > SINGLE_UNITS:
-        raise ToolError(
-            f"message takes {units} characters as JSON, where quotes, backslashes and line ends take two and other "
-            f"control characters six; the limit is {SINGLE_UNITS}. Send it in parts."
-        )
+        raise ToolError(f"message takes {units} characters as JSON; the limit is {SINGLE_UNITS}. Send it in parts.")
     return size, units
 
 
