@@ -335,8 +335,7 @@ class Junction:
     size: int = 0  # their bytes
     closed: bool = False
     names: Iterator[str] = field(default_factory=aliases)
-    # Called every 15 s of a waiting call, with the seconds that it has waited so far, and their limit.
-    report: Callable[[float, float], Awaitable[None]] | None = None
+    report: Callable[[float, float], Awaitable[None]] | None = None  # every 15 s of a wait: seconds so far, the limit
 
     def __post_init__(self) -> None:
         self.started = self.clock()
