@@ -16,9 +16,6 @@ connection to learn who is calling: the session_id alone says so.
 What is kept: in memory only, each message as AES-256-GCM under its recipient's own key. The key is zeroed when that
 peer leaves, falls idle, or the junction stops. What is not protected: whoever can read this process's memory while a
 peer is here can read its inbox, and the text of a message may linger in freed memory after it was sent or read.
-
-The file goes: limits, records, sealing and aliases, the junction (plain code: it knows no HTTP and is given its clock),
-the tools, the server, the command line.
 """
 
 from __future__ import annotations
