@@ -114,9 +114,6 @@ HEAD_BYTES, REQUEST_BYTES = 64 * 1024, 4 * 1024**2  # of its head, and of all of
 FIELD_BYTES = 120  # of memory that each field of a head takes beside its text
 UNFINISHED_BYTES = 64 * 1024**2  # of all requests that are still arriving
 REQUEST_SECONDS = 10  # a request must arrive, and an answer be taken, within one to two of these
-KEEP_ALIVE_SECONDS = 15  # longer than clients keep an idle connection, so that they close it first
-OPEN_FILES = 65_536  # connections that are asked for; the usual limit of 1,024 holds fewer than 1,000
-YEAR_MS = 365 * 86_400_000  # the longest time in the settings
 DEFAULT_PORT = 4200
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}/mcp"
 JUNCTION = "junction"  # the sender of notices; no alias is a single word
@@ -996,7 +993,7 @@ def harden() -> None:
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, OPEN_FILES), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))  # the usual 1,024 are too few connections
     with suppress(OSError, AttributeError, TypeError):  # only Linux has this
         ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE, <linux/prctl.h>
 
@@ -1054,7 +1051,7 @@ def run(listener: socket.socket, token: str, names: list[str], tls_cert: str, tl
         log_config=None,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=15,  # longer than clients keep an idle connection, so that they close it first
         timeout_graceful_shutdown=2,
         ssl_certfile=tls_cert or None,
         ssl_keyfile=tls_key or None,
@@ -1089,7 +1086,7 @@ def integer(value: Any, limit: int) -> int:
     return int(value)
 
 
-port_number, milliseconds = partial(integer, limit=65_535), partial(integer, limit=YEAR_MS)
+port_number, milliseconds = partial(integer, limit=65_535), partial(integer, limit=365 * 86_400_000)  # a year
 
 
 def host_names(value: str) -> list[str]:
