@@ -1094,26 +1094,6 @@ def test_a_client_that_vanishes_while_it_waits_loses_nothing(tuned: Server, era:
     assert bob.read() == ["hello"]
 
 
-@POSIX
-@both_eras
-@pytest.mark.parametrize("wait", [{}, {"wait_seconds": 60}], ids=["now", "waiting"])
-def test_a_read_whose_client_goes_while_a_crowd_is_served_takes_no_mail(tuned: Server, era: str, wait: Any) -> None:
-    ann, bob = Agent(tuned), Agent(tuned, era)
-    ann.send(bob.alias, "hello")
-    reader, *crowd = [connect(tuned) for _ in range(151)]
-    ask(tuned, "/health")  # when this is answered, all of them have been accepted
-    tuned.process.send_signal(signal.SIGSTOP)  # so that it finds all calls and the reset at once, however busy we are
-    for talk in crowd:
-        talk.sendall(ann.request("register"))
-    reader.sendall(bob.request("read_messages", **wait))
-    reset(reader)
-    tuned.process.send_signal(signal.SIGCONT)
-    for talk in crowd:
-        receive(talk, b'"unread"')
-    assert bob.read() == ["hello"]
-    assert tuned.errors.read_text() == ""  # lines about it would fill whatever that leads to
-
-
 @both_eras
 def test_a_reset_in_the_very_turn_in_which_the_message_comes_loses_nothing(tuned: Server, era: str) -> None:
     ann, bob = Agent(tuned), Agent(tuned, era)
@@ -1151,21 +1131,30 @@ def test_a_cancelled_notification_ends_the_call_that_it_names_and_no_other(tuned
 
 
 @POSIX
-def test_a_call_that_is_cancelled_before_its_turn_has_come_takes_nothing(tuned: Server) -> None:
-    ann, bob, session = Agent(tuned), Agent(tuned, LEGACY), session_of(tuned)
-    reader, canceller, *crowd = [connect(tuned) for _ in range(102)]
+@pytest.mark.parametrize(("era", "cancels"), [(LEGACY, False), (MODERN, False), (LEGACY, True)])
+@pytest.mark.parametrize("wait", [{}, {"wait_seconds": 60}], ids=["now", "waiting"])
+def test_a_read_given_up_before_its_turn_takes_no_mail(tuned: Server, era: str, cancels: bool, wait: Any) -> None:
+    ann, bob, headers = Agent(tuned), Agent(tuned, era), {"mcp-session-id": session_of(tuned)}
+    ann.send(bob.alias, "hello")
+    reader, *crowd = [connect(tuned) for _ in range(151)]
     ask(tuned, "/health")  # when this is answered, all of them have been accepted
+    tuned.process.send_signal(signal.SIGSTOP)  # so that it finds all of this at once, however busy we are
     for talk in crowd:
-        talk.sendall(ann.request("list_peers"))
-    reader.sendall(bob.request("read_messages", 7, {"mcp-session-id": session}, wait_seconds=60))
-    cancel = json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 7}}).encode()
-    canceller.sendall(on_the_wire(cancel, rpc(LEGACY, "", {})[1] | {"mcp-session-id": session}))
-    for talk in (*crowd, canceller):
+        talk.sendall(ann.request("register"))
+    reader.sendall(bob.request("read_messages", 7, headers, **wait))
+    if cancels:
+        cancel = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 7}}
+        crowd.append(connect(tuned, on_the_wire(json.dumps(cancel).encode(), rpc(LEGACY, "", {})[1] | headers)))
+    else:
+        reset(reader)
+    tuned.process.send_signal(signal.SIGCONT)
+    for talk in crowd:
         receive(talk, b"HTTP/1.1 20")
     until(lambda: not bob.waits())
-    receive(reader, b"HTTP/1.1 200")
-    ann.send(bob.alias, "hello")
+    if cancels:
+        receive(reader, b"HTTP/1.1 200")
     assert bob.read() == ["hello"]
+    assert tuned.errors.read_text() == ""  # lines about it would fill whatever that leads to
 
 
 # fmt: off
@@ -1612,30 +1601,23 @@ def answering(handle: Callable[[Any], None]) -> Iterator[str]:
 TYPES = {"json": "application/json", "events": "text/event-stream"}
 
 
-@pytest.fixture
-def other_http(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The address of an HTTP server that is no junction; the test can say what it answers."""
-    kind, _, answer = getattr(request, "param", "json hi").partition(" ")
+def other_http(answer: str) -> contextlib.AbstractContextManager[str]:
+    """The address of an HTTP server that is no junction, and answers this."""
+    kind, _, body = answer.partition(" ")
 
     def handle(self: Any) -> None:
         while self.rfile.readline().strip():
             pass
-        self.wfile.write(f"HTTP/1.0 200 OK\r\ncontent-type: {TYPES[kind]}\r\n\r\n{answer}\n\n".encode())
+        self.wfile.write(f"HTTP/1.0 200 OK\r\ncontent-type: {TYPES[kind]}\r\n\r\n{body}\n\n".encode())
 
-    with answering(handle) as address:
-        yield address
+    return answering(handle)
 
 
 def test_the_first_lines_and_the_json_are_those_of_the_contract_and_the_readme(server: Server) -> None:
     lines = server.said().replace(str(server.port), "4200").splitlines()
-    assert lines[:5] == [
-        f"Agent Junction {app.__version__} is running at http://127.0.0.1:4200/mcp (Ctrl-C stops it; "
-        "messages are gone then)",
-        "  Claude Code  claude mcp add --scope user --transport http junction http://127.0.0.1:4200/mcp",
-        "  Codex        codex mcp add junction --url http://127.0.0.1:4200/mcp",
-        "  Gemini       gemini mcp add --scope user --transport http junction http://127.0.0.1:4200/mcp",
-        'Then tell each agent: "Register with the junction, then wait for messages."',
-    ]
+    url = "http://127.0.0.1:4200/mcp"
+    assert lines[0] == f"Agent Junction {app.__version__} is running at {url} (Ctrl-C stops it; messages are gone then)"
+    assert lines[4] == 'Then tell each agent: "Register with the junction, then wait for messages."'
     for command in (*(line[15:] for line in lines[1:4]), lines[6].removeprefix("In a .mcp.json: ")):
         assert f"`{command}`" in README
 
@@ -1708,12 +1690,11 @@ def test_tls_files_that_do_not_fit_stop_the_start(cli: Cli, certificate: str) ->
     assert certificate in cli("--tls-key", certificate).line(2)
 
 
-@pytest.mark.parametrize("other_http", ["json hi", "json true"], indirect=True)
-def test_a_taken_port_is_said_and_whether_a_junction_is_there(cli: Cli, server: Server, other_http: str) -> None:
-    for port, is_one in ((str(server.port), True), (other_http.rpartition(":")[2], False)):
-        line = cli("--port", port).line(1)
-        assert port in line
-        assert ("junction answers" in line) is is_one
+def test_a_taken_port_is_said_and_whether_a_junction_is_there(cli: Cli, server: Server) -> None:
+    with other_http("json hi") as one, other_http("json true") as another:
+        for url, is_one in ((server.url.removesuffix("/mcp"), True), (one, False), (another, False)):
+            line = cli("--port", port := url.rpartition(":")[2]).line(1)
+            assert (port in line, "junction answers" in line) == (True, is_one)
 
 
 def test_help_and_version_are_shown_and_help_has_the_servers_options_too(cli: Cli) -> None:
@@ -1899,15 +1880,10 @@ FAILURES = [
     ("read", b"", 2, "--wait"),
     ("read --wait 4000", b"", 2, "--wait"),
     ("read --wait 1 --raw --json", b"", 2, "--raw"),
-    ("read --wait 1 --output /no/such/folder/file", b"", 2, "'/no/such/folder/file'"),
-    ("read --wait 1 --output /dev/null/file", b"", 2, "'/dev/null/file'"),
-    ("read --wait 1 --output /dev/null", b"", 2, "'/dev/null'"),
-    ("peers --url nonsense", b"", 2, "'nonsense'"),
-    ("peers --url http://[::1", b"", 2, "'http://[::1'"),
-    ("peers --url http://127.0.0.1:abc", b"", 2, "'http://127.0.0.1:abc'"),
+    *((f"read --wait 1 --output {at}", b"", 2, repr(at)) for at in ("/no/such/file", "/dev/null/file", "/dev/null")),
+    *((f"peers --url {at}", b"", 2, repr(at)) for at in ("nonsense", "http://[::1", "http://127.0.0.1:abc")),
     ("peers --ca /no/such/file", b"", 2, "'/no/such/file'"),
-    ("nonsense", b"", 2, "nonsense"),
-    ("--nonsense", b"", 2, "--nonsense"),
+    *((word, b"", 2, word) for word in ("nonsense", "--nonsense")),
     ("--host=", b"", 2, "''"),
 ]
 
@@ -1926,12 +1902,13 @@ ANSWERS = ["json hi", "json []", 'json {"result": null}', 'json {"result": {"isE
 ANSWERS += ['json {"result": {"content": [], "structuredContent": []}}', 'events data: {"event": "something"}']
 
 
-@pytest.mark.parametrize("other_http", ANSWERS, indirect=True)
+@pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("command", ["peers", "watch", "read --wait 9"])
-def test_where_no_junction_answers_the_exit_code_is_4(cli: Cli, server: Server, other_http: str, command: str) -> None:
+def test_where_no_junction_answers_the_exit_code_is_4(cli: Cli, server: Server, answer: str, command: str) -> None:
     nobody, other = f"http://127.0.0.1:{free_port()}", server.url.replace("http", "https").removesuffix("/mcp")
-    for url in (nobody, other, other_http):
-        assert f"{url}: " in (line := cli(*command.split(), at=url).line(4))
+    with other_http(answer) as something:
+        for url in (nobody, other, something):
+            assert f"{url}: " in (line := cli(*command.split(), at=url).line(4))
     assert command == "watch" or "not a junction" in line
 
 
@@ -2003,22 +1980,18 @@ def interrupting(server: Server, how: signal.Signals, moment: int) -> Iterator[s
 @POSIX
 @pytest.mark.parametrize("moment", range(6))
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_interrupting_any_call_leaves_no_peer(cli: Cli, server: Server, how: signal.Signals, moment: int) -> None:
-    before = get(server, "/health")["activePeers"]
-    with interrupting(server, how, moment) as address:
-        ended = cli("read", "--wait", "0.1", at=address)
-    assert (ended.code, ended.out, ended.err.splitlines()[-1]) == (130, "", "agent-junction: interrupted")
-    until(lambda: get(server, "/health")["activePeers"] == before)
-
-
-@POSIX
-@pytest.mark.parametrize("moment", range(4))
-def test_interrupting_a_read_loses_no_message(cli: Cli, server: Server, moment: int) -> None:
+def test_interrupting_any_call_leaves_no_peer_and_loses_no_message(
+    cli: Cli, server: Server, how: signal.Signals, moment: int
+) -> None:
     ann, bob = Agent(server), Agent(server)
     ann.send(bob.alias, "hello")
-    with interrupting(server, signal.SIGINT, moment) as address:
-        ended = cli("read", "--raw", at=address, JUNCTION_SESSION=bob.session_id)
-    assert (ended.code, [ended.out, *bob.read()]) in [(130, ["hello"]), (130, ["", "hello"])]
+    before = get(server, "/health")["activePeers"]
+    for session, texts in (("", []), (bob.session_id, ["hello"])):
+        with interrupting(server, how, moment) as address:
+            ended = cli("read", "--wait", "0.1", "--raw", at=address, JUNCTION_SESSION=session)
+        assert (ended.code, ended.err.splitlines()[-1]) == (130, "agent-junction: interrupted")
+        assert [*filter(None, [ended.out]), *(bob.read() if session else [])] == texts
+        until(lambda: get(server, "/health")["activePeers"] == before)
 
 
 @POSIX
