@@ -160,7 +160,7 @@ def copies_in_memory(pid: int, needles: list[bytes]) -> list[int]:
 
 @LINUX
 def test_no_copy_of_a_key_is_left_in_memory_once_its_peer_left_fell_idle_or_the_junction_closed() -> None:
-    with subprocess.Popen([sys.executable, "-c", SCAN], stdout=-1, text=True, env=environment()) as child:
+    with subprocess.Popen([sys.executable, "-c", SCAN], stdin=-1, stdout=-1, text=True, env=environment()) as child:
         assert child.stdout
         keys = [bytes(byte ^ 0x5A for byte in bytes.fromhex(word)) for word in child.stdout.readline().split()]
         assert all(copies_in_memory(child.pid, keys)), "the scan must find the keys that are in use"
