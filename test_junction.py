@@ -2041,6 +2041,6 @@ def test_the_readmes_picture_of_watch_is_what_watch_draws() -> None:
     ]
     keys = ("alias", "role", "repo", "task", "idle_seconds", "waiting", "unread")
     peers = [dict(zip(keys, peer, strict=True)) for peer in labels]
-    picture = app.picture(app.base_url(app.DEFAULT_URL), peers, shown.splitlines()[:-4:-1])
+    picture = app.picture(app.base_url(app.DEFAULT_URL), peers, shown.splitlines()[:-5:-1])
     Console(width=80, height=11, file=(drawn := io.StringIO())).print(picture)
-    assert [line.rstrip() for line in drawn.getvalue().rstrip().splitlines()] == shown.splitlines()
+    assert [line.rstrip() for line in drawn.getvalue().splitlines()] == shown.splitlines()
