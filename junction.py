@@ -6,7 +6,7 @@ it. Its *session_id* is the secret by which it speaks, and the only key to its *
     register       join, or resume after a restart: returns the alias and the session_id
     list_peers     who else is here; can wait until somebody is
     send_message   leave a message in one inbox, or with * in all of them
-    read_messages  empty your own inbox, each message once; can wait for the first
+    read_messages  take the messages from your inbox, each once; can wait for the first
     known_hosts    other junctions
     disconnect     leave; inbox and key are erased
 
@@ -90,7 +90,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 gc.freeze()  # what they made stays: looking through it when the process ends takes another 0.3 s
 gc.enable()
 __version__ = "0.2.0"
-Event = dict[str, Any]  # something that happened; never has a text or a session_id in it
+Event = dict[str, Any]  # something that happened; never has a message's text or a session_id in it
 
 # --- Limits and defaults ----------------------------------------------------------------------------------------------
 
@@ -105,15 +105,15 @@ SINGLE_UNITS = 48_000 - ENVELOPE_UNITS  # of a message that comes alone: Claude 
 NAMED_TARGETS = 100  # aliases that the answer to a broadcast names
 WAIT_SECONDS = 3_600  # the longest wait
 PROGRESS_SECONDS = 15  # between progress reports of a waiting call; Claude Code gives up after 300 silent seconds
-CANCEL_TURNS = 8  # of the event loop, in which a client's reset cancels its call; through FastMCP it takes up to 4
+CANCEL_TURNS = 8  # of the event loop before a call takes messages; a client's reset cancels it within 4
 AGAIN_SECONDS = 60  # how long, after its reader's next call, a message that was read can be repeated
 WATCHERS, WATCHER_EVENTS = 16, 10_000  # connections to /events, and how many events one of them may be behind
 SNAPSHOT_SECONDS, SNAPSHOT_PEERS = 5, 2_000  # between the snapshots in /events; how many peers one shows
 BODY_BYTES = 256 * 1024  # of an HTTP request's body; 32 KiB of message is 192 KiB where JSON escapes every byte of it
-HEAD_BYTES, REQUEST_BYTES = 64 * 1024, 4 * 1024**2  # of its head, and of all of it, framing and ignored bytes included
+HEAD_BYTES, REQUEST_BYTES = 64 * 1024, 4 * 1024**2  # of a head, and of a whole request with framing
 FIELD_BYTES = 120  # of memory that each field of a head takes beside its text
 UNFINISHED_BYTES = 64 * 1024**2  # of all requests that are still arriving
-REQUEST_SECONDS = 10  # a request must arrive, and an answer be taken, within one to two of these
+REQUEST_SECONDS = 10  # a connection that makes no progress is closed after one to two of these
 DEFAULT_PORT = 4200
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}/mcp"
 JUNCTION = "junction"  # the sender of notices; no alias is a single word
@@ -275,7 +275,7 @@ def utf16_units(value: object) -> int:
 
 
 def fitting(units: Iterable[int]) -> int:
-    """How many of the first items make an answer, by what each takes of it; at least one, however large."""
+    """How many of the first items make an answer, at least one. `units` says how much of it each item takes."""
     return max(1, len([*takewhile(lambda total: total <= ANSWER_UNITS, accumulate(units))]))
 
 
@@ -481,7 +481,7 @@ class Junction:
             return found
 
         if seconds and not again:
-            mail()  # no older read is ended for a wait in vain
+            mail()  # raises for a wait in vain, before an older read is ended for it
         if peer.reader and (again or seconds):  # the client of the older one has probably given it up, without a word
             peer.reader.ring("A newer read_messages took over and gets the messages. Do not repeat this call.")
             peer.reader = None
@@ -510,7 +510,7 @@ class Junction:
         try:
             while True:
                 # A message and its reader's reset can arrive together. The reset cancels this call some turns of the
-                # event loop later, so it waits that long before it takes anything.
+                # event loop later, so the call waits that long before it takes anything.
                 for _ in range(CANCEL_TURNS):
                     await asyncio.sleep(0)
                 left = began + seconds - self.clock()
@@ -546,7 +546,7 @@ class Junction:
         return {"messages": [unseal(peer, sealed) for sealed in batch], "remaining": len(peer.inbox)}
 
     def leave(self, peer: Peer, why: str = "left") -> int:
-        """Erase a peer and its key, answer its waiting calls, tell senders what it had not read. Returns how many."""
+        """Erase a peer, answer its waiting calls, tell senders of what is unread. Returns how many messages that is."""
         del self.peers[peer.alias], self.sessions[peer.digest]
         wipe(peer.key)
         reason = "The junction is shutting down" if self.closed else f"{peer.alias} left during this call"
@@ -635,7 +635,8 @@ async def report(waited: float, limit: float) -> None:
 
 junction = Junction(report=report)
 mcp = ToolServer("junction", instructions=INSTRUCTIONS, version=__version__, mask_error_details=True)
-# Without these `codex exec` refuses to call a tool. disconnect has none: it erases an inbox.
+# Without these annotations `codex exec` refuses a tool. disconnect has none: it erases an inbox. OneExchange, below,
+# knows two things of the tools: what may wait has an argument `wait_seconds`, and `read_messages` takes something.
 HARMLESS = {"destructiveHint": False, "openWorldHint": False}
 
 
@@ -800,14 +801,14 @@ class OneExchange:
         if plain and version in HANDSHAKE_PROTOCOL_VERSIONS:
             scope, request["body"] = to_modern(scope, message)
         waits = not plain or params.get("arguments", {}).get("wait_seconds")
-        reads, call = params.get("name") == "read_messages", (session, repr(message.get("id")))
+        reads, key = params.get("name") == "read_messages", (session, repr(message.get("id")))
         del request, headers, message, params  # or each waiting call would keep 4 KB of them
-        # It can be cancelled from now on. Without a session, any call of that id could be meant.
+        # It can be cancelled from now on, if it came with a session id: without one, its own id could be anybody's.
         with anyio.CancelScope() if session else nullcontext() as cancellation:
             if cancellation:
-                self.cancellable[call] = cancellation
-            # Each call gets a turn of the event loop of its own. If all that came together ran in one turn, the last
-            # one's client would ask again too late for the next turn: p99 at 2.9 to 4.4 medians instead of 1.2 to 1.9.
+                self.cancellable[key] = cancellation
+            # One call in each turn of the event loop. Those that share a turn are answered in a bunch, and the last of
+            # it waits longest: p99 at 2.9 to 4.4 medians instead of 1.2 to 1.9.
             async with self.turn:
                 await asyncio.sleep(0)
             if reads and scope["extensions"]["connection"]["is_closing"]():
@@ -1139,6 +1140,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="Show the vers
     """A mailbox where coding agents find each other and pass messages, over MCP. Without a command: serve."""
     if version:
         print(f"agent-junction {__version__}")
+        raise typer.Exit
 
 
 @app.command()
@@ -1288,7 +1290,8 @@ def send(
         whom = alias if alias != "*" else f"{sent['to_count']} peers"
         print(f"delivered to {whom} ({sent['waiting']} waiting for it)", file=sys.stderr if wait else sys.stdout)
         if wait:
-            receive(call, me, wait, "" if alias == "*" else alias, partial(show, raw=not sys.stdout.isatty()))
+            sender = "" if alias == "*" else alias
+            receive(call, me, wait, sender, not session, partial(show, raw=not sys.stdout.isatty()))
 
 
 def message_text(message: str | None) -> str:
@@ -1326,7 +1329,7 @@ def read(
     if not (wait or session):
         fail("without --wait or --session (JUNCTION_SESSION) nothing could ever come", 2)
     with replacing(output) if output else nullcontext() as save, as_peer(url, token, session, ca) as (call, me):
-        receive(call, me, wait, sender, partial(show, raw=raw, as_json=as_json, save=save))
+        receive(call, me, wait, sender, not session, partial(show, raw=raw, as_json=as_json, save=save))
 
 
 @contextmanager
@@ -1356,8 +1359,11 @@ def replacing(path: Path) -> Iterator[Callable[[bytes], None]]:
             os.unlink(file.name)
 
 
-def receive(call: Call, me: str, wait: float, sender: str, show: Callable[[Read], None]) -> None:
-    """Read and show all that is there, or the first that comes within `wait`; exit code 3 if nothing did."""
+def receive(call: Call, me: str, wait: float, sender: str, leaves: bool, show: Callable[[Read], None]) -> None:
+    """Read and show all that is there, or the first that comes within `wait`; exit code 3 if nothing did.
+
+    `leaves`: whether the peer that reads leaves afterwards, having no session.
+    """
     taken: Read = {"messages": [], "remaining": 0}
     try:
         if wait:
@@ -1368,10 +1374,11 @@ def receive(call: Call, me: str, wait: float, sender: str, show: Callable[[Read]
             taken["messages"] += page["messages"]
             page = call("read_messages", sender=sender)
         taken["remaining"] = page["remaining"]
-    except KeyboardInterrupt:  # a message may have been on its way
-        if not taken["messages"]:
+    except KeyboardInterrupt:
+        if leaves:  # then nobody can ask again for what was on its way
             with suppress(ToolError, httpx2.HTTPError):
-                taken["messages"] += call("read_messages", sender=sender, again=True)["messages"]
+                kept = call("read_messages", sender=sender, again=True)["messages"]
+                taken["messages"] += [message for message in kept if message not in taken["messages"]]
         raise
     finally:  # what was taken is shown, whatever happens to the rest
         show(taken)
@@ -1463,7 +1470,7 @@ def call_tool(http: httpx2.Client, tool: str, **arguments: Any) -> Any:
     headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
     params = {"name": tool, "arguments": arguments}
     request = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
-    timeout = 60 if arguments.get("wait_seconds") else 10  # the server sends a waiting call a sign of life every 15 s
+    timeout = 60 if arguments.get("wait_seconds") else 10  # a waiting call's stream has a ping every 15 s
     response = http.post("/mcp", content=request, headers=headers, timeout=timeout).raise_for_status()
     answer = f"\n{response.text}".rpartition("\ndata: ")[2]  # of an event stream, the last event
     result = mcp_types.CallToolResult.model_validate(json.loads(answer)["result"])
