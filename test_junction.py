@@ -6844,7 +6844,7 @@ def test_a_read_interrupted_between_two_pages_shows_the_first(cli: Cli, server: 
     bob = Agent(server)
     ann.send(bob.alias, "a" * 20_000)
     ann.send(bob.alias, "b" * 20_000)
-    with interrupting(server, 0, b"bbb") as address:
+    with interrupting(server, 0, b"b" * 100) as address:  # no session_id has that
         ended = cli("read", "--raw", at=address, JUNCTION_SESSION=bob.session_id)
     assert ended.code == 130
     assert ended.out == "a" * 20_000
