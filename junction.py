@@ -229,7 +229,7 @@ class Left(TypedDict):
 
 @dataclass(eq=False, slots=True)
 class Sealed:
-    """A message in an inbox, encrypted with its recipient's key."""
+    """A message, encrypted with its recipient's key."""
 
     sender: str
     nonce: bytes
@@ -237,15 +237,9 @@ class Sealed:
     sent_at: str
     size: int  # bytes of the text, as UTF-8
     size_in_answer: int  # bytes of its JSON, as UTF-8
-
-
-@dataclass(eq=False, slots=True)
-class HandedOut:
-    """The messages that one read took, kept in case its answer is lost."""
-
-    messages: list[Sealed]
-    size_in_answer: int
-    until: float = math.inf  # monotonic seconds; set at its reader's next call
+    # Monotonic seconds until which it can be repeated. Set at the first call that its
+    # reader makes after the read that took it.
+    until: float = math.inf
 
 
 @dataclass(eq=False, slots=True)
@@ -280,7 +274,8 @@ class Peer:
     task: str = ""
     role: str = ""
     inbox: list[Sealed] = field(default_factory=list)
-    handed_out: list[HandedOut] = field(default_factory=list)  # oldest first
+    # What reads took, oldest first: kept in case an answer is lost.
+    handed_out: list[Sealed] = field(default_factory=list)
     reader: Wait | None = None  # its one waiting read
     waits: set[Wait] = field(default_factory=set)  # all of its waiting calls
 
@@ -605,10 +600,10 @@ class Junction:
                 "Call register for a new one."
             )
         peer.seen = self.clock()
-        for batch in reversed(peer.handed_out):
-            if batch.until < math.inf:  # so is that of all before it
+        for sealed in reversed(peer.handed_out):
+            if sealed.until < math.inf:  # so is that of all before it
                 break
-            batch.until = peer.seen + AGAIN_SECONDS
+            sealed.until = peer.seen + AGAIN_SECONDS
         return peer
 
     def register(self, repo: str, task: str, role: str, session_id: str) -> Registered:
@@ -823,8 +818,7 @@ class Junction:
         for sealed in batch:
             peer.inbox.remove(sealed)
         if batch:
-            total = sum(sealed.size_in_answer for sealed in batch)
-            peer.handed_out.append(HandedOut(batch, total))
+            peer.handed_out += batch
             self.tell("messages_read", alias=peer.alias, count=len(batch))
         self._forget_handed_out(peer)
         return self._opened(peer, batch)
@@ -836,8 +830,8 @@ class Junction:
         """
         self._end_waiting_read(peer)
         self._forget_handed_out(peer)
-        kept = [sealed for batch in peer.handed_out for sealed in batch.messages]
-        return self._opened(peer, [sealed for sealed in kept if sender in ("", sealed.sender)])
+        kept = [sealed for sealed in peer.handed_out if sender in ("", sealed.sender)]
+        return self._opened(peer, kept)
 
     def _mail(self, peer: Peer, sender: str) -> list[Sealed]:
         """Return the unread messages of one sender, or of all."""
@@ -894,7 +888,7 @@ class Junction:
 
     def _forget_handed_out(self, peer: Peer) -> None:
         """Drop what is too old to be repeated, and the oldest of what one answer cannot hold."""
-        total = ENVELOPE_BYTES + sum([batch.size_in_answer for batch in peer.handed_out])
+        total = ENVELOPE_BYTES + sum([sealed.size_in_answer for sealed in peer.handed_out])
         while peer.handed_out:
             oldest = peer.handed_out[0]
             fits = total <= ANSWER_BYTES or len(peer.handed_out) == 1
@@ -902,7 +896,7 @@ class Junction:
                 break
             peer.handed_out.remove(oldest)
             total -= oldest.size_in_answer
-            self._uncount(oldest.messages)
+            self._uncount([oldest])
 
     def _uncount(self, messages: list[Sealed]) -> None:
         for sealed in messages:
@@ -934,9 +928,7 @@ class Junction:
             wait.end(
                 f"{reason}, and its inbox has been erased. Call register for a new session_id."
             )
-        self._uncount(peer.inbox)
-        for batch in peer.handed_out:
-            self._uncount(batch.messages)
+        self._uncount(peer.inbox + peer.handed_out)
         erased = len(peer.inbox)
         if not self.closed:
             if not peer.is_visitor:
