@@ -247,18 +247,14 @@ class Wait:
     """A waiting call: a read for mail from `wanted`, list_peers for that role."""
 
     wanted: str  # empty: any
-    bell: asyncio.Future[None] | None = None  # done when there is something to look at
+    # Set when the call is to look again at what it waits for.
+    bell: asyncio.Event = field(default_factory=asyncio.Event)
     ended: str = ""  # why the call has to end with an error, if it has to
-
-    def ring(self) -> None:
-        """Let the call look again at what it waits for."""
-        if self.bell and not self.bell.done():
-            self.bell.set_result(None)
 
     def end(self, why: str) -> None:
         """Let the call end with this error, or with an earlier one."""
         self.ended = self.ended or why
-        self.ring()
+        self.bell.set()
 
 
 @dataclass(eq=False, slots=True)
@@ -626,7 +622,7 @@ class Junction:
         if not peer.is_visitor:
             for wait in self.seekers:
                 if wait.wanted in ("", peer.role):
-                    wait.ring()
+                    wait.bell.set()
         return {
             "alias": peer.alias,
             "session_id": session_id,
@@ -792,7 +788,7 @@ class Junction:
         self.messages += 1
         self.size += sealed.size
         if peer.reader and peer.reads_from(sealed.sender):
-            peer.reader.ring()
+            peer.reader.bell.set()
 
     # Reading
 
@@ -868,15 +864,14 @@ class Junction:
         Nothing is taken here, so a call that is cancelled here loses nothing. Raises
         Refused if somebody ended the wait.
         """
-        deadline = self.clock() + seconds
         peer.waits.add(wait)
         try:
-            while not wait.ended and not ready():
-                left = deadline - self.clock()
-                if left <= 0:
-                    break
-                wait.bell = asyncio.get_running_loop().create_future()
-                await asyncio.wait([wait.bell], timeout=left)
+            async with asyncio.timeout(seconds):
+                while not wait.ended and not ready():
+                    wait.bell.clear()
+                    await wait.bell.wait()
+        except TimeoutError:
+            pass
         finally:
             peer.waits.remove(wait)
             self.seekers.discard(wait)
@@ -950,7 +945,7 @@ class Junction:
                 self._put(sender, notice, json_size(notice))
         for peer in self.peers.values():
             if peer.reader and peer.reader.wanted == gone.alias:
-                peer.reader.ring()
+                peer.reader.bell.set()
 
     def close(self) -> None:
         """Erase every peer, and let nobody join any more."""
