@@ -280,6 +280,10 @@ class Peer:
         """Whether a command joined as this peer, for its one call."""
         return self.role == VISITOR_ROLE
 
+    def mail_from(self, sender: str) -> list[Sealed]:
+        """Return the unread messages of one sender, or of all if it is empty."""
+        return [sealed for sealed in self.inbox if sender in ("", sealed.sender)]
+
     def reads_from(self, sender: str) -> bool:
         """Whether a message from this sender would wake a waiting read."""
         return self.reader is not None and self.reader.wanted in ("", sender)
@@ -533,15 +537,17 @@ def measure(message: Message) -> tuple[int, int]:
 
 def check_inbox(peer: Peer, sender: str, size: int) -> None:
     """Raise Refused if an inbox, or the sender's half of it, has no room for `size` bytes."""
-    from_sender = [sealed.size for sealed in peer.inbox if sealed.sender == sender]
-    from_all = [sealed.size for sealed in peer.inbox]
-    for whose, sizes, divisor in (("of yours", from_sender, 2), ("of all", from_all, 1)):
+    for whose, mail, divisor in (
+        ("of yours", peer.mail_from(sender), 2),
+        ("of all", peer.inbox, 1),
+    ):
+        used = sum([sealed.size for sealed in mail])
         messages = INBOX_MESSAGES // divisor
         room = INBOX_BYTES // divisor
-        if len(sizes) >= messages or sum(sizes) + size > room:
+        if len(mail) >= messages or used + size > room:
             raise Refused(
-                f"The inbox of {peer.alias} is full: {len(sizes)} unread messages {whose}, "
-                f"{sum(sizes)} bytes; the limit is {messages} and {room} bytes. "
+                f"The inbox of {peer.alias} is full: {len(mail)} unread messages {whose}, "
+                f"{used} bytes; the limit is {messages} and {room} bytes. "
                 "Send again when it has read some."
             )
 
@@ -695,7 +701,7 @@ class Junction:
     def _as_seen_by(self, peer: Peer, other: Peer) -> PeerInfo:
         info = self.describe(other)
         info["waiting"] = other.reads_from(peer.alias)
-        info["unread_from_you"] = sum(sealed.sender == peer.alias for sealed in other.inbox)
+        info["unread_from_you"] = len(other.mail_from(peer.alias))
         return cast(PeerInfo, info)
 
     def snapshot(self) -> Event:
@@ -802,15 +808,16 @@ class Junction:
         """
         check_wait(seconds)
         if seconds:
-            self._check_sender(peer, sender)
+            can_come = sender in ("", JUNCTION) or sender in self.peers
+            if not can_come and not peer.mail_from(sender):
+                raise self._nobody(sender)
             self._end_waiting_read(peer)
             wait = Wait(sender)
             peer.reader = wait
-            await self._wait(peer, wait, lambda: self._has_news(peer, sender), seconds)
-            self._check_sender(peer, sender)
+            await self._wait(peer, wait, lambda: bool(peer.mail_from(sender)), seconds)
         if self.client_gone():
             raise Refused("The client of this call has gone, so it takes nothing.")
-        batch = first_that_fit(self._mail(peer, sender), lambda sealed: sealed.size_in_answer)
+        batch = first_that_fit(peer.mail_from(sender), lambda sealed: sealed.size_in_answer)
         for sealed in batch:
             peer.inbox.remove(sealed)
         if batch:
@@ -828,22 +835,6 @@ class Junction:
         self._forget_handed_out(peer)
         kept = [sealed for sealed in peer.handed_out if sender in ("", sealed.sender)]
         return self._opened(peer, kept)
-
-    def _mail(self, peer: Peer, sender: str) -> list[Sealed]:
-        """Return the unread messages of one sender, or of all."""
-        return [sealed for sealed in peer.inbox if sender in ("", sealed.sender)]
-
-    def _has_news(self, peer: Peer, sender: str) -> bool:
-        """Whether a waiting read has something to tell: mail, or that none can come."""
-        return bool(self._mail(peer, sender)) or not self._can_send(sender)
-
-    def _can_send(self, sender: str) -> bool:
-        return sender in ("", JUNCTION) or sender in self.peers
-
-    def _check_sender(self, peer: Peer, sender: str) -> None:
-        """Raise Refused if no mail of the sender's is here, and none can come."""
-        if not self._can_send(sender) and not self._mail(peer, sender):
-            raise self._nobody(sender)
 
     def _end_waiting_read(self, peer: Peer) -> None:
         """End a peer's older waiting read.
@@ -944,8 +935,8 @@ class Junction:
                 notice: Message = {"from": JUNCTION, "message": text, "timestamp": self.now()}
                 self._put(sender, notice, json_size(notice))
         for peer in self.peers.values():
-            if peer.reader and peer.reader.wanted == gone.alias:
-                peer.reader.bell.set()
+            if peer.reader and peer.reader.wanted == gone.alias and not peer.mail_from(gone.alias):
+                peer.reader.end(str(self._nobody(gone.alias)))
 
     def close(self) -> None:
         """Erase every peer, and let nobody join any more."""
