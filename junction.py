@@ -552,6 +552,10 @@ def check_inbox(peer: Peer, sender: str, size: int) -> None:
             )
 
 
+# Whether the client of the current call has gone. The server sets it for each request.
+client_gone: ContextVar[Callable[[], bool]] = ContextVar("client_gone", default=lambda: False)
+
+
 @dataclass(eq=False)
 class Junction:
     """All state of the server: peers, their inboxes, their keys.
@@ -563,7 +567,6 @@ class Junction:
 
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], str] = utc_now
-    client_gone: Callable[[], bool] = lambda: False  # whether the current call's client is
     log: Callable[[Event], None] = lambda event: None
     idle_seconds: float = 1_800  # a peer that is silent for longer is erased
     sweep_seconds: float = 60  # how often that is checked
@@ -815,7 +818,7 @@ class Junction:
             wait = Wait(sender)
             peer.reader = wait
             await self._wait(peer, wait, lambda: bool(peer.mail_from(sender)), seconds)
-        if self.client_gone():
+        if client_gone.get()():
             raise Refused("The client of this call has gone, so it takes nothing.")
         batch = first_that_fit(peer.mail_from(sender), lambda sealed: sealed.size_in_answer)
         for sealed in batch:
@@ -1013,10 +1016,7 @@ class PlainErrors(ToolMiddleware):
             raise wrong_arguments(context.message.name, error) from None
 
 
-# Whether the client of the current call has gone. ToolCalls, below, sets it.
-client_gone: ContextVar[Callable[[], bool]] = ContextVar("client_gone", default=lambda: False)
-
-junction = Junction(client_gone=lambda: client_gone.get()())
+junction = Junction()
 mcp = FastMCP(
     "junction",
     instructions=INSTRUCTIONS,
@@ -1281,7 +1281,6 @@ class ToolCall:
     arguments: Json
     progress_token: int | str | None
     is_modern: bool  # of 2026-07-28
-    is_closing: Callable[[], bool]  # whether its connection is
     task: asyncio.Task[bytes] | None = None  # of a call that may wait
     is_cancelled: bool = False
 
@@ -1289,9 +1288,6 @@ class ToolCall:
         self.is_cancelled = True
         if self.task:
             self.task.cancel()
-
-    def is_given_up(self) -> bool:
-        return self.is_cancelled or self.is_closing()
 
 
 async def answer(call: ToolCall) -> bytes:
@@ -1397,8 +1393,7 @@ def plain_call(scope: Scope, message: Json, tools: dict[str, Tool]) -> ToolCall 
     session = headers.get("mcp-session-id", "")
     arguments = params.get("arguments") or {}
     token = meta.get("progressToken")
-    is_closing = scope["extensions"]["connection"]["is_closing"]
-    return ToolCall(message["id"], session, tool, arguments, token, is_modern, is_closing)
+    return ToolCall(message["id"], session, tool, arguments, token, is_modern)
 
 
 class ToolCalls:
@@ -1426,7 +1421,6 @@ class ToolCalls:
         if call:
             await self.respond(call, scope, receive, send)
             return
-        client_gone.set(scope["extensions"]["connection"]["is_closing"])
         if message.get("method") == "notifications/cancelled":
             session = Headers(scope=scope).get("mcp-session-id", "")
             self.cancel(session, message["params"].get("requestId"))
@@ -1436,7 +1430,8 @@ class ToolCalls:
 
     async def respond(self, call: ToolCall, scope: Scope, receive: Receive, send: Send) -> None:
         """Carry out a call. One that may wait is answered as an event stream."""
-        client_gone.set(call.is_given_up)
+        is_closing = client_gone.get()
+        client_gone.set(lambda: call.is_cancelled or is_closing())
         self.running.add(call)
         response: Response
         try:
@@ -1452,8 +1447,7 @@ class ToolCalls:
             await response(scope, receive, send)
         finally:
             self.running.remove(call)
-            if call.task:
-                call.task.cancel()
+            call.cancel()
 
     def cancel(self, session: str, call_id: object) -> None:
         """Cancel the calls that a client names so. Without a session, an id is anybody's."""
@@ -1526,8 +1520,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if is_pipelined or self.has_long_head():
             # uvicorn answers what is raised here by 400, and closes.
             raise ValueError("a pipelined request, or a head that is too long")
-        is_closing = self.transport.is_closing
-        self.scope["extensions"] = {"connection": {"is_closing": is_closing}}
+        # uvicorn begins the request's task now, and the task takes over what is set here.
+        client_gone.set(self.transport.is_closing)
         super().on_headers_complete()
 
     def has_long_head(self) -> bool:

@@ -30,6 +30,7 @@ import threading
 import time
 import types
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import count, islice
@@ -1425,10 +1426,11 @@ def test_a_peer_is_active_until_its_wait_is_over(
 
 
 @pytest.fixture
-def gone(here: Junction) -> list[str]:
+def gone(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list. When something is in it, the clients have gone."""
     reasons: list[str] = []
-    here.client_gone = lambda: bool(reasons)
+    have_gone = ContextVar("have_gone", default=lambda: bool(reasons))
+    monkeypatch.setattr(app, "client_gone", have_gone)
     return reasons
 
 
@@ -2017,7 +2019,7 @@ class Mailboxes(RuleBasedStateMachine):
         self.run = self.loop.run_until_complete
         names = map("peer-{}".format, count())
         self.here = Junction(clock=self.clock, now=self.clock.now, names=names)
-        self.here.client_gone = lambda: asyncio.current_task(self.loop) in self.gone
+        self.before = app.client_gone.set(lambda: asyncio.current_task(self.loop) in self.gone)
         self.gone: set[Any] = set()  # the calls whose clients have gone
         self.session_ids: dict[str, str] = {}
         self.visitors: set[str] = set()
@@ -2033,6 +2035,7 @@ class Mailboxes(RuleBasedStateMachine):
         with contextlib.closing(self.loop):
             self.here.close()
             self.run(settle())
+        app.client_gone.reset(self.before)
         for reading in self.readings.values():
             assert "shutting down" in str(reading.task.exception())
         assert self.here.messages == 0
