@@ -89,9 +89,9 @@ from mcp_types.version import LATEST_MODERN_VERSION
 
 # Private, because sodium_memzero has no public name. pyproject.toml bounds PyNaCl.
 from nacl._sodium import ffi, lib as sodium
-from rich.console import Console, Group
-from rich.layout import Layout
+from rich.console import Console
 from rich.live import Live
+from rich.screen import Screen
 from rich.styled import Styled
 from rich.table import Table
 from rich.text import Text
@@ -2221,15 +2221,11 @@ def peers_command(
         people = [peer for peer in snapshot["peers"] if role in ("", peer["role"])]
     if as_json:
         print(json.dumps({**snapshot, "peers": people}))
-        return
-    if not people:
+    elif people:
+        console = Console(width=None if sys.stdout.isatty() else 10_000)  # nothing is cut
+        console.print(peer_table(people, console.width))
+    else:
         print("nobody is here" + (role and f" as {role!r}"))
-        return
-    no_limit = 10_000
-    console = Console(width=None if sys.stdout.isatty() else no_limit)
-    table = peer_table(people, console.width)
-    table.expand = console.width < no_limit
-    console.print(table)
 
 
 def events_of(http: httpx2.Client) -> Iterator[Event]:
@@ -2299,7 +2295,6 @@ def watch_command(
             get_renderable=lambda: board.picture(*console.size),
             console=console,
             screen=True,
-            refresh_per_second=4,
         )
     try:
         with connected(url, token, ca) as http, screen:
@@ -2338,41 +2333,29 @@ class Board:
             self.peers.pop(event["alias"], None)
         return line
 
-    def picture(self, width: int, height: int) -> Layout:
+    def picture(self, width: int, height: int) -> Screen:
         """Return what is drawn on a terminal of this size.
 
-        The table takes the height that it needs, but leaves a third to what happens.
-        Those who wait or were active last stand first.
+        The table leaves a third to what happens. Those who wait or were active last
+        stand first.
         """
-        around = 4  # lines: the title, the header, and a blank one after each part
-        needed = around + (len(self.peers) or 3)
-        top = max(1, min(needed, height * 2 // 3))
         people = sorted(
             self.peers.values(), key=lambda peer: (not peer["waiting"], peer["idle_seconds"])
         )
-        shown = people[: max(0, top - around)]
+        # Four lines are around them: the title, a blank one, the header, a blank one.
+        room = max(1, height * 2 // 3 - 4)
         title = f"{len(people)} here"
         if self.is_away:
             title = f"away: {len(people)} were here"
-        hidden = len(people) - len(shown)
-        if hidden:
-            title += f", {hidden} not shown"
+        if len(people) > room:
+            title += f", {len(people) - room} not shown"
         title += f"  {self.url}"
-        body: Any = ""
-        if shown:
-            body = peer_table(shown, width)
-        if not people:
-            body = (
-                'Nobody yet. Tell an agent: "Register with the junction, then wait for messages."'
-            )
-        layout = Layout()
-        layout.split_column(
-            Layout(
-                Group(one_line(title, "bold"), "", Styled(body, "dim" * self.is_away)), size=top
-            ),
-            Layout(one_line("\n".join(self.latest))),
+        body: Any = (
+            'Nobody yet. Tell an agent: "Register with the junction, then wait for messages."'
         )
-        return layout
+        if people:
+            body = Styled(peer_table(people[:room], width), "dim" * self.is_away)
+        return Screen(one_line(title, "bold"), "", body, "", one_line("\n".join(self.latest)))
 
 
 def one_line(text: str, style: str = "") -> Text:
@@ -2388,18 +2371,18 @@ def peer_table(people: Sequence[Any], width: int) -> Table:
     longest = max(len(peer["alias"]) for peer in people)
     room_for_labels = width - longest - 20
     labels = ["role", "repo", "task"][: max(0, room_for_labels // 10)]
-    table = Table(box=None, expand=True, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("alias", "bold", style="cyan", no_wrap=True, min_width=longest)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("alias", no_wrap=True, min_width=longest, style="cyan")
     for name in labels:
-        table.add_column(name, "bold", no_wrap=True, ratio=1 + (name == "task"))
-    table.add_column("active", "bold", no_wrap=True)
-    table.add_column("unread", "bold", no_wrap=True, style="yellow")
+        table.add_column(name)
+    table.add_column("active", no_wrap=True)
+    table.add_column("unread", no_wrap=True, style="yellow")
     for peer in people:
-        active = Text(f"{short_time(peer['idle_seconds'])} ago")
+        active = f"{short_time(peer['idle_seconds'])} ago"
         if peer["waiting"]:
-            active = Text("waiting", "green")
+            active = "[green]waiting"
         # Text, since brackets in a label are no markup.
-        cells = [Text(peer[name]) for name in labels]
+        cells = [one_line(peer[name]) for name in labels]
         style = "dim" * (peer["idle_seconds"] > DIM_SECONDS)
         table.add_row(peer["alias"], *cells, active, str(peer["unread"] or ""), style=style)
     return table
