@@ -2131,7 +2131,7 @@ def say_if_away(url: httpx2.URL, token: str, ca: Path | None) -> None:
     """Print why the junction cannot be used now. It may be started later."""
     try:
         with connected(url, token, ca) as http:
-            first_snapshot(http)
+            next(events_of(http))
     except SystemExit as end:
         if end.code == WRONG_USAGE:  # of --ca
             raise
@@ -2217,7 +2217,7 @@ def peers_command(
     Example: agent-junction peers --role backend
     """
     with connected(url, token, ca) as http:
-        snapshot = first_snapshot(http)
+        snapshot = next(events_of(http))
         people = [peer for peer in snapshot["peers"] if role in ("", peer["role"])]
     if as_json:
         print(json.dumps({**snapshot, "peers": people}))
@@ -2233,21 +2233,14 @@ def events_of(http: httpx2.Client) -> Iterator[Event]:
 
     Raises LookupError if no snapshot comes first, for then no junction answers.
     """
-    is_first = True
     with http.sse("/events", max_event_size=None) as source:
         source.response.raise_for_status()
-        for sent in source:
-            event = json.loads(sent.data)
-            if is_first and event["event"] != "snapshot":
-                break
-            is_first = False
-            yield event
-    if is_first:
-        raise LookupError("no snapshot came first")
-
-
-def first_snapshot(http: httpx2.Client) -> Event:
-    return next(events_of(http))
+        events = (json.loads(sent.data) for sent in source)
+        first: Event = next(events, {})
+        if first["event"] != "snapshot":
+            raise LookupError("no snapshot came first")
+        yield first
+        yield from events
 
 
 def follow(http: httpx2.Client) -> Iterator[Event]:
