@@ -2306,7 +2306,7 @@ class Board:
 
     def __init__(self, url: httpx2.URL) -> None:
         self.url = url
-        self.peers: dict[str, Any] = {}
+        self.peers: list[Any] = []  # at the last snapshot
         self.latest: deque[str] = deque(maxlen=200)  # newest first
         self.is_away = True  # until something is heard
 
@@ -2319,11 +2319,7 @@ class Board:
             self.latest.appendleft(line)
         self.is_away = kind == "junction_lost"
         if kind == "snapshot":
-            self.peers = {peer["alias"]: peer for peer in event["peers"]}
-        elif kind == "peer_joined":
-            self.peers[event["alias"]] = event | {"unread": 0}
-        elif kind == "peer_left":
-            self.peers.pop(event["alias"], None)
+            self.peers = event["peers"]
         return line
 
     def picture(self, width: int, height: int) -> Screen:
@@ -2332,9 +2328,7 @@ class Board:
         The table leaves a third to what happens. Those who wait or were active last
         stand first.
         """
-        people = sorted(
-            self.peers.values(), key=lambda peer: (not peer["waiting"], peer["idle_seconds"])
-        )
+        people = sorted(self.peers, key=lambda peer: (not peer["waiting"], peer["idle_seconds"]))
         # Four lines are around them: the title, a blank one, the header, a blank one.
         room = max(1, height * 2 // 3 - 4)
         title = f"{len(people)} here"
