@@ -1741,12 +1741,10 @@ def fail(message: str, exit_code: int = 1) -> NoReturn:
     sys.exit(exit_code)
 
 
-def option(variable: str, text: str, parser: Any = None, **more: Any) -> Any:
+def option(variable: str, text: str, parser: Any = None) -> Any:
     """Return an option that is also the variable JUNCTION_..., with its help text."""
     metavar = variable.rpartition("_")[2]
-    return typer.Option(
-        envvar=f"JUNCTION_{variable}", help=text, parser=parser, metavar=metavar, **more
-    )
+    return typer.Option(envvar=f"JUNCTION_{variable}", help=text, parser=parser, metavar=metavar)
 
 
 def whole_number(value: Any, limit: int) -> int:
@@ -1824,18 +1822,20 @@ def base_url(value: str) -> httpx2.URL:
     raise typer.BadParameter(f"{value!r} is not an http:// or https:// address")
 
 
+def authority(value: str) -> Path:
+    """Return a file of certificates. It is loaded once, so that the error can name it."""
+    try:
+        ssl.create_default_context(cafile=value)
+    except OSError as error:  # ssl.SSLError is one
+        raise typer.BadParameter(f"{value!r} cannot be used: {error}") from None
+    return Path(value).resolve()
+
+
 Url = Annotated[Any, option("URL", "The address of the junction.", base_url)]
 Token = Annotated[str, option("TOKEN", "The bearer token of the junction.", bearer_token)]
 Session = Annotated[str, option("SESSION", "Speak as the peer of this session_id.", str.strip)]
 Authority = Annotated[
-    Path | None,
-    option(
-        "CA",
-        "A PEM file with one more authority to trust.",
-        exists=True,
-        dir_okay=False,
-        resolve_path=True,
-    ),
+    Path | None, option("CA", "A PEM file with one more authority to trust.", authority)
 ]
 Seconds = Annotated[
     float,
@@ -2105,9 +2105,13 @@ def connect_command(
 
     Example: agent-junction connect claude codex
     """
-    chosen = chosen_clients(clients or [])
+    chosen = chosen_clients(clients)
     if not only_remove:
-        say_if_away(url, token, ca)
+        # This says why the junction cannot be used now. It may be started later.
+        with suppress(SystemExit), connected(url, token, ca) as http:
+            next(events_of(http))
+    if ca:
+        os.environ.update(dict.fromkeys(AUTHORITY_VARIABLES, str(ca)))
     refused = []
     for name in chosen:
         client = CLIENTS[name]
@@ -2116,65 +2120,47 @@ def connect_command(
         if only_remove:
             commands = [client.remove]
             rest = client.undo
-        if run_all(filter(None, commands), only_print, ca):
-            print(rest, end="")
-        else:
+        refusal = run_all(filter(None, commands), only_print)
+        print(refusal or rest, end="")
+        if refusal:
             refused.append(name)
-    done = [name for name in chosen if name not in refused]
-    if not (only_remove or only_print) and done:
-        print_last_steps(done, token, ca)
+    if not (only_remove or only_print) and refused != chosen:
+        print_last_steps(token, ca)
     if refused:
         fail(f"refused by {', '.join(refused)}")
 
 
-def say_if_away(url: httpx2.URL, token: str, ca: Path | None) -> None:
-    """Print why the junction cannot be used now. It may be started later."""
-    try:
-        with connected(url, token, ca) as http:
-            next(events_of(http))
-    except SystemExit as end:
-        if end.code == WRONG_USAGE:  # of --ca
-            raise
-
-
-def chosen_clients(names: list[str]) -> list[str]:
+def chosen_clients(names: list[str] | None) -> list[str]:
     """Return these clients, or without names those that are installed."""
-    for name in names:
-        if name not in CLIENTS:
-            raise typer.BadParameter(f"{name!r} is none of {', '.join(CLIENTS)}")
     chosen = names or [name for name in CLIENTS if shutil.which(name)]
     if not chosen:
         fail(f"none of {', '.join(CLIENTS)} is on the PATH; name one")
+    for name in chosen:
+        if name not in CLIENTS:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(CLIENTS)}")
     return chosen
-
-
-def run_all(commands: Iterable[str], only_print: bool, ca: Path | None) -> bool:
-    """Show and run a client's commands. Return whether the last did what it should."""
-    refusal = ""
-    for command in commands:
-        print(f"$ {command}", flush=True)
-        if not only_print:
-            refusal = run_client(command, ca)
-        # Some clients refuse to remove what is not there.
-        if " remove " in command and re.search("(?i)no mcp server|not found", refusal):
-            refusal = ""
-    if refusal:
-        print(refusal)
-    return not refusal
 
 
 # For certificate authorities: all clients are written for Node.js, but Codex.
 AUTHORITY_VARIABLES = ("NODE_EXTRA_CA_CERTS", "CODEX_CA_CERTIFICATE")
 
 
-def run_client(command: str, ca: Path | None) -> str:
+def run_all(commands: Iterable[str], only_print: bool) -> str:
+    """Show and run a client's commands. Return what the last one said if it failed."""
+    refusal = ""
+    for command in commands:
+        print(f"$ {command}", flush=True)
+        if not only_print:
+            refusal = run_client(command)
+    return refusal
+
+
+def run_client(command: str) -> str:
     """Run a client's command. Return nothing, or what it said if it failed."""
     program, *arguments = shlex.split(command)
-    variables = dict.fromkeys(AUTHORITY_VARIABLES, str(ca)) if ca else {}
     try:
         done = subprocess.run(
             [shutil.which(program) or program, *arguments],  # on Windows `which` finds a .cmd
-            env={**os.environ, **variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -2183,21 +2169,23 @@ def run_client(command: str, ca: Path | None) -> str:
             timeout=CLIENT_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{program} cannot be run: {error}"
-    if done.returncode == 0:
+        return f"{program} cannot be run: {error}\n"
+    # Some clients refuse to remove what is not there.
+    is_absent = " remove " in command and re.search("(?i)no mcp server|not found", done.stdout)
+    if is_absent or done.returncode == 0:
         return ""
-    return f"{done.stdout.strip()}\n{program} ended with exit code {done.returncode}"
+    return f"{done.stdout.strip()}\n{program} ended with exit code {done.returncode}\n"
 
 
-def print_last_steps(connected: list[str], token: str, ca: Path | None) -> None:
+def print_last_steps(token: str, ca: Path | None) -> None:
     """Print what is left to do for clients that are connected."""
     if token:
-        print("They need JUNCTION_TOKEN in their environment when they start.")
+        print("The clients need JUNCTION_TOKEN in their environment when they start.")
     if ca:
         file = shlex.quote(str(ca))
         assignments = " ".join(f"{variable}={file}" for variable in AUTHORITY_VARIABLES)
-        print(f"They need this when they start:\n  export {assignments}")
-    print(f"Connected: {', '.join(connected)}. Restart those that are open, then tell each:")
+        print(f"The clients need this when they start:\n  export {assignments}")
+    print("Connected. Restart the clients that are open, then tell each:")
     print('  "Register with the junction, then wait for messages."')
 
 
@@ -2549,8 +2537,7 @@ def connected(url: httpx2.URL, token: str, ca: Path | None) -> Iterator[httpx2.C
     except ToolError as error:
         fail(str(error))
     except ssl.SSLError as error:
-        where = f"--ca (JUNCTION_CA) {str(ca)!r}, or SSL_CERT_FILE,"
-        fail(f"{where} holds no certificates: {error.reason}", 2)
+        fail(f"SSL_CERT_FILE holds no certificates: {error.reason}", WRONG_USAGE)
     except (httpx2.SSEError, LookupError, TypeError, ValueError, RecursionError):
         fail(f"{url}: what answers there is not a junction", 4)
     except (httpx2.HTTPError, httpx2.InvalidURL, ImportError) as error:
