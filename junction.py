@@ -1402,17 +1402,13 @@ class ToolCalls:
     def __init__(self, app: ASGIApp, tools: dict[str, Tool]) -> None:
         self.app = app
         self.tools = tools
-        self.bounded = RequestBodyLimitMiddleware(self.handle, BODY_BYTES)
         self.running: set[ToolCall] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            await self.bounded(scope, receive, send)
-        else:
+        """Answer a request, or hand it on. Its body is here, or its client has gone."""
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a POST, or hand it on. Its body is here, or its client has gone."""
+            return
         body = await receive()
         if body["type"] == "http.disconnect" or body["more_body"]:
             return
@@ -1696,10 +1692,12 @@ def run(listener: socket.socket, token: str, names: list[str], tls_cert: str, tl
     """Serve until SIGINT or SIGTERM, or until the terminal is closed (SIGHUP)."""
     # Libraries log arguments and session ids, and a full standard error would block.
     logging.disable(logging.CRITICAL)
-    tools = {tool.name: tool for tool in asyncio.run(mcp.list_tools())}
-    middleware = [Middleware(ToolCalls, tools=tools)]
+    middleware = []
     if token:
-        middleware.insert(0, Middleware(RequireToken, token=token))
+        middleware.append(Middleware(RequireToken, token=token))
+    middleware.append(Middleware(RequestBodyLimitMiddleware, max_body_size=BODY_BYTES))
+    tools = {tool.name: tool for tool in asyncio.run(mcp.list_tools())}
+    middleware.append(Middleware(ToolCalls, tools=tools))
     app = mcp.http_app(
         stateless_http=True,
         host_origin_protection=True,
@@ -2517,15 +2515,13 @@ def call_tool(http: httpx2.Client, tool: str, **arguments: Any) -> Any:
         "/mcp",
         json={"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params},
         headers={"Accept": "application/json, text/event-stream"},
-        timeout=60 if arguments.get("wait_seconds") else 10,  # a wait has a sign of life each 15 s
     ).raise_for_status()
     # Of an event stream, the last event is the answer.
     answer = f"\n{response.text}".rpartition("\ndata: ")[2]
-    result = mcp_types.CallToolResult.model_validate(json.loads(answer)["result"])
-    if result.is_error:
-        (refusal,) = result.content
-        raise ToolError(getattr(refusal, "text", ""))
-    return result.structured_content
+    result = json.loads(answer)["result"]
+    if result["isError"]:
+        raise ToolError(result["content"][0]["text"])
+    return result["structuredContent"]
 
 
 @contextmanager
@@ -2557,7 +2553,8 @@ def http_client(url: httpx2.URL, token: str, ca: Path | None) -> httpx2.Client:
         if ca:
             trust.load_verify_locations(ca)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return httpx2.Client(base_url=url, headers=headers, verify=trust, trust_env=is_away, timeout=60)
+    # While a call waits, there is a sign of life each 15 s.
+    return httpx2.Client(base_url=url, headers=headers, verify=trust, trust_env=is_away, timeout=30)
 
 
 def why_unreachable(url: httpx2.URL, error: Exception) -> str:
