@@ -6963,6 +6963,17 @@ def test_the_readme_names_every_event_and_every_client() -> None:
         assert re.search(program, README, re.IGNORECASE)
 
 
+@pytest.mark.parametrize(
+    "begin", ["agent-junction ring ALIAS -- ", "JUNCTION_SESSION=<session_id> "]
+)
+async def test_the_readme_wakes_a_client_by_the_same_line_as_the_tools_text(begin: str) -> None:
+    tool = await app.mcp.get_tool("read_messages")
+    assert tool
+    text = " ".join((tool.description or "").split())
+    (line,) = re.findall(rf"`({re.escape(begin)}[^`]*)`", text)
+    assert f"`{line}`" in README
+
+
 def test_no_line_of_prose_in_the_readme_is_wider_than_120_columns() -> None:
     wide = [line for line in README.splitlines() if len(line) > 120 and line[0] != "|"]
     assert wide == []
