@@ -18,7 +18,8 @@ that is still here, and the text of a message may linger in freed memory after i
 sent or read.
 
 The file is meant to be read from top to bottom: limits, records, sealing and aliases,
-the junction itself, its tools, tool calls over HTTP, the server, the command line.
+the junction itself, its tools, what people see over HTTP, tool calls over HTTP, the
+server, the command line.
 """
 
 import asyncio
@@ -124,12 +125,14 @@ JUNCTION_BYTES = 256 * 1024**2
 
 LABEL_CHARACTERS = 200  # of repo, task and role
 WAIT_SECONDS = 3_600  # the longest wait
-AGAIN_SECONDS = 60  # a message stays repeatable this long after its reader's next call
+
+# What a read took can be repeated until so long after the next call of its reader.
+AGAIN_SECONDS = 60
 
 # Clients cut a long answer before they show it to their model: Copilot at 32,000
 # characters, Codex and Gemini at 40,000. Claude Code writes more than 50,000 to a
 # file. So a list of messages or peers is kept shorter, and a longer message comes
-# alone. Both are bytes of JSON, as UTF-8.
+# alone. Both limits are bytes of JSON, as UTF-8.
 ANSWER_BYTES = 30_000
 LONE_ANSWER_BYTES = 48_000
 BLANK_BYTES = 20  # room for blanks between the fields of a message or peer
@@ -148,7 +151,7 @@ BODY_BYTES = 256 * 1024
 HEAD_BYTES = 16 * 1024  # of a request's line and header fields
 HEAD_FIELDS = 100
 REQUEST_BYTES = 4 * 1024**2  # of a whole request, however it is framed
-STUCK_SECONDS = 10  # in one or two of these a request must arrive, and some answer be taken
+STUCK_SECONDS = 10  # between two looks at a connection; one that stands still is closed
 PROGRESS_SECONDS = 15  # between signs of life; a client gives up after 60 silent ones
 KEEP_ALIVE_SECONDS = 120  # clients close an idle connection earlier, after up to 90 s
 
@@ -156,8 +159,12 @@ KEEP_ALIVE_SECONDS = 120  # clients close an idle connection earlier, after up t
 CLIENT_SECONDS = 120  # that a client's own command may take
 RECONNECT_SECONDS = 2  # between two tries of `watch` and `ring`
 DIM_SECONDS = 300  # of idleness, after which `watch` shows a peer dimmed
-WRONG_USAGE = 2  # an exit code
-INTERRUPTED = 130  # the exit code after Ctrl-C
+
+# Exit codes, beside 0 for done and 1 for refused.
+WRONG_USAGE = 2
+NOTHING_CAME = 3
+UNREACHABLE = 4
+INTERRUPTED = 130
 
 DEFAULT_PORT = 4200
 DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}/mcp"
@@ -237,8 +244,8 @@ class Sealed:
     sent_at: str
     size: int  # bytes of the text, as UTF-8
     size_in_answer: int  # bytes of its JSON, as UTF-8
-    # Monotonic seconds until which it can be repeated. Set at the first call that its
-    # reader makes after the read that took it.
+    # Monotonic seconds until which it can be repeated. Set when its reader makes the
+    # next call after the read that took it.
     until: float = math.inf
 
 
@@ -250,6 +257,10 @@ class Wait:
     # Set when the call is to look again at what it waits for.
     bell: asyncio.Event = field(default_factory=asyncio.Event)
     ended: str = ""  # why the call has to end with an error, if it has to
+
+    def wants(self, name: str) -> bool:
+        """Whether it waits for this sender, or this role."""
+        return self.wanted in ("", name)
 
     def end(self, why: str) -> None:
         """Let the call end with this error, or with an earlier one."""
@@ -286,7 +297,7 @@ class Peer:
 
     def reads_from(self, sender: str) -> bool:
         """Whether a message from this sender would wake a waiting read."""
-        return self.reader is not None and self.reader.wanted in ("", sender)
+        return self.reader is not None and self.reader.wants(sender)
 
 
 # --- Sealing ----------------------------------------------------------------------
@@ -538,16 +549,16 @@ def measure(message: Message) -> tuple[int, int]:
 def check_inbox(peer: Peer, sender: str, size: int) -> None:
     """Raise Refused if an inbox, or the sender's half of it, has no room for `size` bytes."""
     for whose, mail, divisor in (
-        ("of yours", peer.mail_from(sender), 2),
-        ("of all", peer.inbox, 1),
+        (" of yours", peer.mail_from(sender), 2),
+        ("", peer.inbox, 1),
     ):
         used = sum([sealed.size for sealed in mail])
-        messages = INBOX_MESSAGES // divisor
-        room = INBOX_BYTES // divisor
-        if len(mail) >= messages or used + size > room:
+        most_messages = INBOX_MESSAGES // divisor
+        most_bytes = INBOX_BYTES // divisor
+        if len(mail) >= most_messages or used + size > most_bytes:
             raise Refused(
-                f"The inbox of {peer.alias} is full: {len(mail)} unread messages {whose}, "
-                f"{used} bytes; the limit is {messages} and {room} bytes. "
+                f"The inbox of {peer.alias} is full: {len(mail)} unread messages{whose}, "
+                f"{used} bytes; the limit is {most_messages} and {most_bytes} bytes. "
                 "Send again when it has read some."
             )
 
@@ -585,7 +596,7 @@ class Junction:
         self.started = self.clock()
 
     def tell(self, kind: str, timestamp: str = "", **facts: Any) -> None:
-        """Tell the log and the watchers what happened, and when if not just now."""
+        """Tell the log and the watchers what happened. Without a timestamp, it is now."""
         event = {"event": kind, "timestamp": timestamp or self.now(), **facts}
         self.log(event)
         for watcher in self.watchers:
@@ -596,7 +607,8 @@ class Junction:
     def find(self, session_id: str) -> Peer:
         """Return the session's peer and mark it active.
 
-        Raises Refused if the session_id is unknown or expired.
+        From now on, what earlier reads took can be repeated for AGAIN_SECONDS. Raises
+        Refused if the session_id is unknown or expired.
         """
         peer = self.sessions.get(sha256(session_id))
         if peer is None:
@@ -606,7 +618,8 @@ class Junction:
             )
         peer.seen = self.clock()
         for sealed in reversed(peer.handed_out):
-            if sealed.until < math.inf:  # so is that of all before it
+            # Set by an earlier call, as for all messages before it.
+            if sealed.until < math.inf:
                 break
             sealed.until = peer.seen + AGAIN_SECONDS
         return peer
@@ -630,7 +643,7 @@ class Junction:
             peer = self._join(sha256(session_id), repo, task, role)
         if not peer.is_visitor:
             for wait in self.seekers:
-                if wait.wanted in ("", peer.role):
+                if wait.wants(peer.role):
                     wait.bell.set()
         return {
             "alias": peer.alias,
@@ -670,12 +683,10 @@ class Junction:
         if seconds:
             wait = Wait(role)
             self.seekers.add(wait)
-            await self._wait(
-                peer,
-                wait,
-                lambda: any(not other.is_visitor for other in self._others(peer, role)),
-                seconds,
-            )
+            try:
+                await self._wait(peer, wait, lambda: self._has_company(peer, role), seconds)
+            finally:
+                self.seekers.remove(wait)
         others = self._others(peer, role)
         infos = (self._as_seen_by(peer, other) for other in others)
         fitting = first_that_fit(infos, json_size)
@@ -688,6 +699,10 @@ class Junction:
     def _others(self, peer: Peer, role: str = "") -> list[Peer]:
         everybody = self.peers.values()
         return [other for other in everybody if other is not peer and role in ("", other.role)]
+
+    def _has_company(self, peer: Peer, role: str) -> bool:
+        """Whether somebody else of that role is here, who is no visitor."""
+        return any(not other.is_visitor for other in self._others(peer, role))
 
     def describe(self, peer: Peer) -> Json:
         """Return what everybody may see of a peer."""
@@ -703,6 +718,7 @@ class Junction:
 
     def _as_seen_by(self, peer: Peer, other: Peer) -> PeerInfo:
         info = self.describe(other)
+        # Not for anybody's message, but for one of this peer.
         info["waiting"] = other.reads_from(peer.alias)
         info["unread_from_you"] = len(other.mail_from(peer.alias))
         return cast(PeerInfo, info)
@@ -748,7 +764,7 @@ class Junction:
         }
 
     def _targets(self, sender: Peer, target: str) -> list[Peer]:
-        """Return whom a message reaches. `*` reaches no visitor that does not wait for it."""
+        """Return whom a message reaches. `*` reaches a visitor only while it waits for it."""
         if target == sender.alias:
             raise Refused(f"{target} is you. Call list_peers to see who else is here.")
         if target in self.peers:
@@ -796,7 +812,7 @@ class Junction:
         peer.inbox.append(sealed)
         self.messages += 1
         self.size += sealed.size
-        if peer.reader and peer.reads_from(sealed.sender):
+        if peer.reader and peer.reader.wants(sealed.sender):
             peer.reader.bell.set()
 
     # Reading
@@ -817,9 +833,13 @@ class Junction:
             self._end_waiting_read(peer)
             wait = Wait(sender)
             peer.reader = wait
-            await self._wait(peer, wait, lambda: bool(peer.mail_from(sender)), seconds)
-        has_gone = client_gone.get()
-        if has_gone():
+            try:
+                await self._wait(peer, wait, lambda: bool(peer.mail_from(sender)), seconds)
+            finally:
+                if peer.reader is wait:
+                    peer.reader = None
+        is_gone = client_gone.get()
+        if is_gone():
             raise Refused("The client of this call has gone, so it takes nothing.")
         batch = first_that_fit(peer.mail_from(sender), lambda sealed: sealed.size_in_answer)
         for sealed in batch:
@@ -869,15 +889,12 @@ class Junction:
             pass
         finally:
             peer.waits.remove(wait)
-            self.seekers.discard(wait)
-            if peer.reader is wait:
-                peer.reader = None
             peer.seen = self.clock()
         if wait.ended:
             raise Refused(wait.ended)
 
     def _forget_handed_out(self, peer: Peer) -> None:
-        """Drop what is too old to be repeated, and the oldest of what one answer cannot hold."""
+        """Drop what is too old to be repeated, and the oldest until the rest fits an answer."""
         total = ENVELOPE_BYTES + sum([sealed.size_in_answer for sealed in peer.handed_out])
         while peer.handed_out:
             oldest = peer.handed_out[0]
@@ -985,7 +1002,7 @@ is done.
 
 Secrets (API keys, .env files) should not pass through your context. If your shell has
 the agent-junction command, let it carry them: `agent-junction read --wait 300 --output
-.env` on one side says by which alias it waits, `agent-junction send ALIAS < .env` on
+.env` on one side says under which alias it waits, `agent-junction send ALIAS < .env` on
 the other sends. JUNCTION_URL names a junction that is not at
 http://127.0.0.1:4200/mcp, JUNCTION_TOKEN its token."""
 
@@ -1006,7 +1023,10 @@ def wrong_arguments(tool: str, error: ValidationError) -> Refused:
 
 
 class PlainErrors(ToolMiddleware):
-    """Words for wrong arguments, in the calls that FastMCP itself carries out."""
+    """Name wrong arguments in the few calls that FastMCP itself carries out.
+
+    The others are answered as "Tool calls over HTTP" says, below.
+    """
 
     async def on_call_tool(
         self,
@@ -1033,9 +1053,9 @@ mcp = FastMCP(
 HARMLESS = {"destructiveHint": False, "openWorldHint": False}
 READ_ONLY = {"readOnlyHint": True}
 
-# A tool is called bare: by Tool.run, without FastMCP's Context, and without its
-# middleware. Whatever it needs, it takes as an argument or from `junction`. A tool
-# with the argument `wait_seconds` is answered as an event stream.
+# Nearly always a tool is called bare: by Tool.run, without FastMCP's Context, and
+# without any middleware. So whatever it needs, it takes as an argument or from
+# `junction`. A tool with the argument `wait_seconds` is answered as an event stream.
 
 
 @mcp.tool(annotations=HARMLESS)
@@ -1131,9 +1151,9 @@ Work with my other agents through the MCP server `junction`.
 1. Call register with repo set to the name of this repository{labels}. Keep the
    session_id.
 2. Call list_peers and tell me who is here, and your own alias.
-3. Call read_messages with wait_seconds, as long as its text says that your client can
-   wait. Codex and Copilot rather start the command in a background shell that it
-   names, and are woken by it.
+3. Call read_messages with wait_seconds; its text says how long your client can wait.
+   In Codex and Copilot, start the background command that it names instead: that
+   command wakes you.
 4. When messages come, act on them within what I allowed you, answer with
    send_message, and wait again. When a wait ends without messages, call read_messages
    with again=true once, then wait again."""
@@ -1154,7 +1174,7 @@ async def front_page(_request: Request) -> Response:
 
 @mcp.custom_route("/health", methods=["GET"])
 async def health(_request: Request) -> Response:
-    """Say whether the junction is up. It needs no token, so it tells nothing else."""
+    """Say whether the junction is up. It needs no token, so it tells no more than this."""
     return JSONResponse(
         {
             "status": "ok",
@@ -1200,6 +1220,7 @@ class Watcher(StreamingResponse):
     async def follow(self) -> AsyncIterator[str]:
         """Yield what is queued each 0.1 s, until the junction closes."""
         last_snapshot = junction.clock()
+        # A watcher with a full queue is dropped.
         while len(self.queue) < WATCHER_EVENTS:
             if junction.closed and not self.queue:
                 return
@@ -1225,7 +1246,7 @@ class Watcher(StreamingResponse):
 # `initialize` and may then be given an Mcp-Session-Id. Both call a tool by the same
 # JSON-RPC request, in a POST to /mcp, and take JSON or an event stream as the answer.
 #
-# FastMCP and the SDK under it serve both eras, at more than twice the cost of what is
+# FastMCP and the SDK under it serve both eras, at several times the cost of what is
 # below. So what a client does all day, a plain tool call, is answered here: its
 # request is judged by the SDK's own functions, and its tool run by FastMCP. Everything
 # else goes to FastMCP unchanged: other methods, odd requests, and all that is to be
@@ -1235,14 +1256,17 @@ class Watcher(StreamingResponse):
 #
 # - They close the connection. uvicorn reports that to Starlette, which cancels the
 #   stream. That takes some turns of the event loop, in which a message may come. So
-#   the junction asks `client_gone` in the line before it takes messages. The
-#   connection knows of a reset one turn after it came.
+#   the junction asks `client_gone` before it takes messages, and awaits nothing
+#   between the two.
 # - They post notifications/cancelled, which names the call by its id, and leave the
-#   connection open. Ids are unique in a session only, so older clients are given one.
-# - They say nothing. Then a newer waiting read, or one with again=true, ends it.
+#   connection open. An id is unique within a session only. So the answer to
+#   `initialize` gives each older client an Mcp-Session-Id. A client of 2026-07-28
+#   closes the connection instead.
+# - They say nothing, so the call goes on. A newer waiting read of that peer, or one
+#   with again=true, ends it.
 #
-# In each case nothing has been taken for a call that was given up. What was taken for
-# a client that goes later, while the answer is on its way, is repeated by again=true.
+# In the first two cases nothing is taken for the call. In the third, or if a client
+# goes while its answer is on the way, again=true repeats what was taken.
 
 
 class RequireToken:
@@ -1322,9 +1346,11 @@ async def answer(call: ToolCall) -> bytes:
 async def stream(call: ToolCall, task: asyncio.Task[bytes]) -> AsyncIterator[bytes]:
     """Yield signs of life, then the answer, or nothing more if the call is cancelled."""
     waited = 0
-    while not (await asyncio.wait([task], timeout=PROGRESS_SECONDS))[0]:
+    await asyncio.wait([task], timeout=PROGRESS_SECONDS)
+    while not task.done():
         waited += PROGRESS_SECONDS
         yield sign_of_life(call, waited)
+        await asyncio.wait([task], timeout=PROGRESS_SECONDS)
     if not task.cancelled():
         yield server_sent(task.result())
 
@@ -1399,6 +1425,10 @@ def plain_call(scope: Scope, message: Json, tools: dict[str, Tool]) -> ToolCall 
     return ToolCall(message["id"], session, tool, arguments, token, is_modern)
 
 
+# For proxies, so that a sign of life gets through.
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
 class ToolCalls:
     """Answer plain tool calls of either era, and hand any other request to FastMCP."""
 
@@ -1408,12 +1438,14 @@ class ToolCalls:
         self.running: set[ToolCall] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or hand it on. Its body is here, or its client has gone."""
+        """Answer a plain tool call, and hand on everything else."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
+        # RequestBodyLimitMiddleware has gathered the body, so it comes in one piece.
         body = await receive()
-        if body["type"] == "http.disconnect" or body["more_body"]:
+        client_has_left = body["type"] == "http.disconnect" or body["more_body"]
+        if client_has_left:
             return
         message = parsed(body["body"])
         call = plain_call(scope, message, self.tools)
@@ -1429,8 +1461,8 @@ class ToolCalls:
 
     async def respond(self, call: ToolCall, scope: Scope, receive: Receive, send: Send) -> None:
         """Carry out a call. One that may wait is answered as an event stream."""
-        is_closing = client_gone.get()
-        client_gone.set(lambda: call.is_cancelled or is_closing())
+        is_gone = client_gone.get()
+        client_gone.set(lambda: call.is_cancelled or is_gone())
         self.running.add(call)
         response: Response
         try:
@@ -1440,7 +1472,8 @@ class ToolCalls:
                     stream(call, call.task), headers=UNBUFFERED, media_type="text/event-stream"
                 )
             else:
-                # A reset that came right behind the call shows one turn later.
+                # A reset that came right behind the call shows one turn of the event
+                # loop later.
                 await asyncio.sleep(0)
                 response = Response(await answer(call), media_type="application/json")
             await response(scope, receive, send)
@@ -1449,15 +1482,14 @@ class ToolCalls:
             call.cancel()
 
     def cancel(self, session: str, call_id: object) -> None:
-        """Cancel the calls that a client names so. Without a session, an id is anybody's."""
+        """Cancel the call of this id in this session.
+
+        Without a session nothing is cancelled, since others may use the same id.
+        """
         for call in self.running:
             is_named = call.id == call_id and type(call.id) is type(call_id)
             if session and call.session == session and is_named:
                 call.cancel()
-
-
-# For proxies, so that a sign of life gets through.
-UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def replaying(first: HttpMessage, receive: Receive) -> Receive:
@@ -1495,7 +1527,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     received = 0  # bytes of the request that is arriving
     in_head = True  # until its head has arrived
-    owed_before: object = None  # at the last look for stuck connections
+    unfinished_before: object = None  # what was unfinished at the last look
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
@@ -1524,12 +1556,11 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def has_long_head(self) -> bool:
-        if self.received <= HEAD_BYTES:  # then so is the head
-            return len(self.headers) > HEAD_FIELDS
+        """Whether a head that has arrived as a whole is too long, or has too many fields."""
         size = len(self.url)
         for name, value in self.headers:
             size += len(name) + len(value)
-        return size > HEAD_BYTES
+        return size > HEAD_BYTES or len(self.headers) > HEAD_FIELDS
 
     def on_message_complete(self) -> None:
         self.received = 0
@@ -1537,16 +1568,16 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def close_if_stuck(self) -> None:
-        """Close the connection if what the client owed at the last look is still so."""
-        owed = self.owed()
-        if owed is not None and owed == self.owed_before:
+        """Close the connection if the client has finished nothing since the last look."""
+        unfinished = self.unfinished()
+        if unfinished is not None and unfinished == self.unfinished_before:
             self.transport.abort()
-        self.owed_before = owed
+        self.unfinished_before = unfinished
 
-    def owed(self) -> object:
-        """Return what the client is to go on with: a request, or taking an answer.
+    def unfinished(self) -> object:
+        """Return what the client is doing: sending a request, or taking an answer.
 
-        None if it owes nothing: it waits for its answer, or rests between requests.
+        None if it is doing neither: it waits for its answer, or rests between requests.
         """
         unsent = self.transport.get_write_buffer_size()
         is_resting = self.timeout_keep_alive_task is not None
@@ -1555,6 +1586,7 @@ class BoundedProtocol(HttpToolsProtocol):
         )
         if not unsent and (is_resting or is_waiting):
             return None
+        # If both stay the same, it is the same request, or as much of an answer is left.
         return (self.cycle, unsent)
 
 
@@ -1599,7 +1631,7 @@ def bind(host: str, port: int) -> socket.socket:
             if is_junction(httpx2.URL(scheme=scheme, host=host, port=port)):
                 who = " A junction answers there already."
         fail(f"cannot listen on {host} port {port}: {os.strerror(number)}.{who}")
-    # For all that it accepts. Otherwise a call can take 40 ms.
+    # The connections that it accepts inherit this. Otherwise a call can take 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
@@ -1625,7 +1657,7 @@ def reachable_address(listener: socket.socket) -> str:
         if listener.family == socket.AF_INET6:
             away = "2001:db8::1"  # nobody's, by RFC 3849
         with suppress(OSError), socket.socket(listener.family, socket.SOCK_DGRAM) as probe:
-            probe.connect((away, 9))  # a datagram socket sends nothing by that
+            probe.connect((away, 9))  # of a datagram socket, so nothing is sent
             address = probe.getsockname()[0]
     return address
 
@@ -1650,7 +1682,7 @@ def harden() -> None:
 def announce(text: str) -> None:
     """Print, unless that would block: a full pipe must not stop the server."""
     try:
-        # Windows can tell of sockets only whether they take more.
+        # On Windows only sockets can be asked, so there a print may block.
         if sys.stdout and (os.name == "nt" or select.select([], [sys.stdout], [], 0)[1]):
             print(text, flush=True)
     except (OSError, ValueError):
@@ -1743,7 +1775,10 @@ def fail(message: str, exit_code: int = 1) -> NoReturn:
 
 
 def option(variable: str, text: str, parser: Any = None) -> Any:
-    """Return an option that is also the variable JUNCTION_..., with its help text."""
+    """Return an option that is also the variable JUNCTION_..., with its help text.
+
+    Typer passes the default through the parser, too.
+    """
     metavar = variable.rpartition("_")[2]
     return typer.Option(envvar=f"JUNCTION_{variable}", help=text, parser=parser, metavar=metavar)
 
@@ -1894,7 +1929,7 @@ def serve_command(
     junction.hosts = known_hosts
     junction.log = log
     made_token = ""
-    if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+    if not is_loopback(listener.getsockname()[0]):
         junction.mode = "lan"
         if not token:
             made_token = secrets.token_urlsafe(24)
@@ -1934,7 +1969,7 @@ def is_covered(address: str, cert: str) -> bool:
 def greeting(listener: socket.socket, token: str, made_token: str, tls_cert: str) -> str:
     """Return what to do first, then what to know. Two blanks begin a command to paste.
 
-    `made_token` is one that was made just now.
+    `made_token` is the one that was made for this run, if none was given.
     """
     address = reachable_address(listener)
     port = listener.getsockname()[1]
@@ -2004,8 +2039,9 @@ def for_terminal(line: str) -> str:
         style = "cyan"
         line_end = " \\\n"
     # textwrap keeps together what no-break spaces join: here, what would be cut in two.
-    whole = """'.*?'|"Bearer .*?\""""
-    joined = re.sub(whole, lambda found: found[0].replace(" ", "\xa0"), line)
+    quoted = "'.*?'"
+    header = '"Bearer .*?"'
+    joined = re.sub(f"{quoted}|{header}", lambda found: found[0].replace(" ", "\xa0"), line)
     lines = textwrap.wrap(
         joined,
         width=shutil.get_terminal_size().columns - 2,
@@ -2108,7 +2144,7 @@ def connect_command(
     """
     chosen = chosen_clients(clients)
     if not only_remove:
-        # This says why the junction cannot be used now. It may be started later.
+        # This says why the junction cannot be used now, if so. It may be started later.
         with suppress(SystemExit), connected(url, token, ca) as http:
             next(events_of(http))
     if ca:
@@ -2142,7 +2178,7 @@ def chosen_clients(names: list[str] | None) -> list[str]:
     return chosen
 
 
-# For certificate authorities: all clients are written for Node.js, but Codex.
+# For certificate authorities. All clients but Codex are written for Node.js.
 AUTHORITY_VARIABLES = ("NODE_EXTRA_CA_CERTS", "CODEX_CA_CERTIFICATE")
 
 
@@ -2225,8 +2261,8 @@ def events_of(http: httpx2.Client) -> Iterator[Event]:
     with http.sse("/events", max_event_size=None) as source:
         source.response.raise_for_status()
         events = (json.loads(sent.data) for sent in source)
-        first: Event = next(events, {})
-        if first["event"] != "snapshot":
+        first = next(events, None)
+        if not isinstance(first, dict) or first.get("event") != "snapshot":
             raise LookupError("no snapshot came first")
         yield first
         yield from events
@@ -2330,12 +2366,13 @@ class Board:
             'Nobody yet. Tell an agent: "Register with the junction, then wait for messages."'
         )
         if people:
-            body = Styled(peer_table(people[:room], width), "dim" * self.is_away)
-        return Screen(one_line(title, "bold"), "", body, "", one_line("\n".join(self.latest)))
+            style = "dim" if self.is_away else ""
+            body = Styled(peer_table(people[:room], width), style)
+        return Screen(cut_lines(title, "bold"), "", body, "", cut_lines("\n".join(self.latest)))
 
 
-def one_line(text: str, style: str = "") -> Text:
-    """Return text of which each line is cut where the terminal ends."""
+def cut_lines(text: str, style: str = "") -> Text:
+    """Return text whose lines are cut where the terminal ends."""
     return Text(text, style, no_wrap=True, overflow="ellipsis")
 
 
@@ -2358,8 +2395,8 @@ def peer_table(people: Sequence[Any], width: int) -> Table:
         if peer["waiting"]:
             active = "[green]waiting"
         # Text, since brackets in a label are no markup.
-        cells = [one_line(peer[name]) for name in labels]
-        style = "dim" * (peer["idle_seconds"] > DIM_SECONDS)
+        cells = [cut_lines(peer[name]) for name in labels]
+        style = "dim" if peer["idle_seconds"] > DIM_SECONDS else ""
         table.add_row(peer["alias"], *cells, active, str(peer["unread"] or ""), style=style)
     return table
 
@@ -2385,8 +2422,9 @@ def ring_command(
 ) -> None:
     """Run a command when mail lies unread for an alias.
 
-    It runs once until that alias has read, with JUNCTION_ALIAS and JUNCTION_FROM set.
-    A message that a waiting read takes rings nobody. Exit code 1 when the alias leaves.
+    It runs once, and not again until that alias has read. JUNCTION_ALIAS and
+    JUNCTION_FROM (who wrote) are set for it. A message that a waiting read takes rings
+    nobody. Exit code 1 when the alias leaves.
 
     Example: agent-junction ring crimson-falcon -- notify-send "You have mail"
     """
@@ -2431,7 +2469,8 @@ class Bell:
                 # Of many targets, not all are named.
                 if self.alias in to or to_count > len(to):
                     self.sender = event["from"]
-                    self.has_rung = self.has_rung and not self.has_failed
+                    if self.has_failed:
+                        self.has_rung = False
 
     def look(self, snapshot: Event) -> None:
         """Ring if mail lies unread, unless that has been done or cannot be done now."""
@@ -2519,7 +2558,7 @@ def call_tool(http: httpx2.Client, tool: str, **arguments: Any) -> Any:
         json={"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params},
         headers={"Accept": "application/json, text/event-stream"},
     ).raise_for_status()
-    # Of an event stream, the last event is the answer.
+    # In an event stream the last event is the answer. Plain JSON has none, and stays whole.
     answer = f"\n{response.text}".rpartition("\ndata: ")[2]
     result = json.loads(answer)["result"]
     if result["isError"]:
@@ -2529,7 +2568,7 @@ def call_tool(http: httpx2.Client, tool: str, **arguments: Any) -> Any:
 
 @contextmanager
 def connected(url: httpx2.URL, token: str, ca: Path | None) -> Iterator[httpx2.Client]:
-    """Give an HTTP client for a junction. Whatever goes wrong ends the command by one line."""
+    """Give an HTTP client for a junction. Any failure ends the command with one line."""
     try:
         with http_client(url, token, ca) as http:
             yield http
@@ -2538,17 +2577,15 @@ def connected(url: httpx2.URL, token: str, ca: Path | None) -> Iterator[httpx2.C
     except ssl.SSLError as error:
         fail(f"SSL_CERT_FILE holds no certificates: {error.reason}", WRONG_USAGE)
     except (httpx2.SSEError, LookupError, TypeError, ValueError, RecursionError):
-        fail(f"{url}: what answers there is not a junction", 4)
+        fail(f"{url}: what answers there is not a junction", UNREACHABLE)
     except (httpx2.HTTPError, httpx2.InvalidURL, ImportError) as error:
         # The latter two are about a proxy.
-        fail(f"{url}: {why_unreachable(url, error)}", 4)
+        fail(f"{url}: {why_unreachable(url, error)}", UNREACHABLE)
 
 
 def http_client(url: httpx2.URL, token: str, ca: Path | None) -> httpx2.Client:
     """Return a client, which reaches an address on loopback without a proxy."""
-    is_away = url.host != "localhost"
-    with suppress(ValueError):
-        is_away = not ipaddress.ip_address(url.host).is_loopback
+    is_away = not is_loopback(url.host)
     trust: Any = False
     # Without TLS on loopback there is nothing to verify, and a context takes 30 ms.
     if is_away or url.scheme == "https":
@@ -2560,14 +2597,27 @@ def http_client(url: httpx2.URL, token: str, ca: Path | None) -> httpx2.Client:
     return httpx2.Client(base_url=url, headers=headers, verify=trust, trust_env=is_away, timeout=30)
 
 
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
 def why_unreachable(url: httpx2.URL, error: Exception) -> str:
-    """Return what to tell of an error on the way to a junction."""
+    """Return the reason for an error on the way to a junction, and the way out."""
     if isinstance(error, httpx2.HTTPStatusError):
         if error.response.status_code == 401:
             return "the token is wrong, or missing: give --token or JUNCTION_TOKEN"
+        if error.response.status_code == 503:
+            return f"it answers HTTP 503: busy, or {WATCHERS} watch it already, the limit"
         return f"it answers HTTP {error.response.status_code}, which is no junction's answer"
     if distrust := re.search(r"certificate verify failed: (.*?) \(_ssl", str(error)):
-        hint = ". --ca (JUNCTION_CA) names its authority" * ("mismatch" not in distrust[1])
+        hint = ". --ca (JUNCTION_CA) names its authority"
+        if "mismatch" in distrust[1]:
+            hint = ""
         return f"its certificate is not trusted: {distrust[1]}{hint}"
     for scheme in {"http", "https"} - {url.scheme}:
         other = url.copy_with(scheme=scheme)
@@ -2629,12 +2679,15 @@ def message_text(message: str | None) -> str:
     else:
         data = os.fsencode(message)
     if len(data) > MESSAGE_BYTES:
-        fail(f"the message is longer than {MESSAGE_BYTES} bytes, the limit; nothing was sent", 2)
+        fail(
+            f"the message is longer than {MESSAGE_BYTES} bytes, the limit; nothing was sent",
+            WRONG_USAGE,
+        )
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         where = f"the message is not UTF-8 at byte {error.start}"
-        fail(f"{where}; nothing was sent. Try base64", 2)
+        fail(f"{where}; nothing was sent. Try base64", WRONG_USAGE)
 
 
 @cli.command("read")
@@ -2661,9 +2714,9 @@ def read_command(
     Example: agent-junction read --wait 300 --output .env
     """
     if raw + as_json + bool(output) > 1:
-        fail("--raw, --json and --output exclude each other", 2)
+        fail("--raw, --json and --output exclude each other", WRONG_USAGE)
     if not (wait or session):
-        fail("give --wait or --session: a peer that has just joined has no messages", 2)
+        fail("give --wait or --session: a peer that has just joined has no messages", WRONG_USAGE)
     show = show_to_people
     if raw:
         show = show_raw
@@ -2702,7 +2755,7 @@ class OutputFile:
                 prefix=".junction-", dir=path.parent, delete=False
             )
         except OSError as error:
-            fail(f"--output {str(path)!r} cannot be written: {error.strerror}", 2)
+            fail(f"--output {str(path)!r} cannot be written: {error.strerror}", WRONG_USAGE)
 
     def reserve_room(self) -> None:
         """Take room for a message, so that a full disk shows before one is taken."""
@@ -2783,7 +2836,7 @@ def read_and_show(visit: Visit, wait: float, sender: str, show: Callable[[Read],
         show(taken)
     if not messages:
         print("nothing came", file=sys.stderr)
-        raise typer.Exit(3 if wait else 0)
+        raise typer.Exit(NOTHING_CAME if wait else 0)
 
 
 # --- The command line: start ------------------------------------------------------
@@ -2806,7 +2859,7 @@ def main() -> None:
         elif not arguments or (arguments[0].startswith("-") and arguments[0] != "--version"):
             arguments = ["serve", *arguments]
         code = cli(arguments, standalone_mode=False)
-        if code == INTERRUPTED:
+        if code == INTERRUPTED:  # Typer's answer to Ctrl-C
             fail("interrupted", code)
         sys.exit(code)
     except typer.TyperException as error:

@@ -1014,7 +1014,7 @@ def test_an_inbox_takes_no_more_than_its_limit(here: Junction, text: str, held: 
         for _ in range(3):
             here.send(sender, ann.alias, text)
     cid = join(here)
-    why = f"{ann.alias} is full: 6 .*of all, {held} bytes.* 6 .* 600 bytes.*Send again"
+    why = f"{ann.alias} is full: 6 unread messages, {held} bytes.* 6 .* 600 bytes.*Send again"
     with refused(here, why):
         here.send(cid, ann.alias, "x")
 
@@ -4164,6 +4164,15 @@ def test_a_head_of_more_than_100_fields_is_refused(
     assert was_taken(answer) == is_taken
 
 
+def test_a_body_in_the_same_piece_does_not_hide_that_a_head_has_too_many_fields(
+    server: Server,
+) -> None:
+    body = b"x" * 20_000
+    head = head_of(100) + b"content-length: %d\r\n\r\n" % len(body)
+    answer = receive(connect(server, head + body))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+
+
 def test_a_head_of_more_than_100_fields_is_refused_before_it_ends(server: Server) -> None:
     began = time.monotonic()
     assert not was_taken(receive(connect(server, head_of(110))))
@@ -6632,6 +6641,12 @@ def test_a_server_that_knows_no_such_address_is_said(cli: Cli, command: str) -> 
     with other_http("nothing here", "text/plain", 404) as url:
         line = cli(*command.split(), at=url).line(4)
     assert f"{url}: " in line
+
+
+def test_one_watcher_too_many_is_told_the_limit(cli: Cli) -> None:
+    with other_http("busy", "text/plain", 503) as url:
+        line = cli("watch", at=url).line(4)
+    assert f"{app.WATCHERS} watch it already" in line
 
 
 @any_command
