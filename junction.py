@@ -373,9 +373,9 @@ ADJECTIVES = """
 UNFIT_NOUNS = """
     abdomen absence abuse acid actress adult affair afoul agony alcohol alibi alien
     anarchy anatomy anger angina anguish antigen anxiety armpit army arrest artery
-    ashtray assault atheist attack aunt average babe baboon baby baggage baggie bail
-    bait ball barrage bather battle beast beating beaver bedroom beggar belly bias bidet
-    bikini biopsy birth bite bitten bitter black bladder blade blame blight blind
+    ashtray assault atheist attack aunt average babe baboon baby baggage baggie baggy
+    bail bait ball barrage bather battle beast beating beaver bedroom beggar belly bias
+    bidet bikini biopsy birth bite bitten bitter black bladder blade blame blight blind
     blister blood bloomer blouse blow blowgun body bomb bomber bombing bone bootie booty
     bore bosom bother bottom boudoir boycott boyhood brain breast bribery bride briefs
     broad brother brown buggy bulk bullet bump burden burglar burial burn burning bust
@@ -383,15 +383,15 @@ UNFIT_NOUNS = """
     chaos chap cheek cherry chest chick chicken child chin choker chub chug church clan
     clank cleft cleric clinic closet cockpit coffin coke cold colon combat compost congo
     consent convert cougar cough cousin cowboy crack cracker cranky crash craw crazy
-    crime crisis crook crotch croup crude cruelty crumb crush cuckoo curse curve custody
-    cuticle cutting cynic cyst daddy dagger damage dame danger darn date dead dealer
-    dearest death debris debt debtor decline defeat deficit demon desire devil diam
-    diaper dickey diet digger dirt disdain disease disgust dispute divorce doggie doll
-    dolor donkey dose doubt doubter drag drain drug drunk dude duel dueling dump dungeon
-    dwarf eardrum egghead embryo enemy envy error evil excess excuse exhaust exile
-    expose eyeball fail failure fairy fallacy father fatigue fault fear feeding feel
-    felony female feng fetus fight filly filth finger fishnet flesh flood floozie fool
-    forgery fraud freak frenzy fright frown funeral furry gaffe gaffer gang garbage
+    crime crisis crook crotch croup crude cruelty crumb crush cry cuckoo curse curve
+    custody cuticle cutting cynic cyst daddy dagger damage dame danger darn date dead
+    dealer dearest death debris debt debtor decline defeat deficit demon desire devil
+    diam diaper dickey diet digger dirt disdain disease disgust dispute divorce doggie
+    doll dolor donkey dose doubt doubter drag drain drug drunk dude duel dueling dump
+    dungeon dwarf eardrum egghead embryo enemy envy error evil excess excuse exhaust
+    exile expose eyeball fail failure fairy fallacy father fatigue fault fear feeding
+    feel felony female feng fetus fight filly filth finger fishnet flesh flood floozie
+    fool forgery fraud freak frenzy fright frown funeral furry gaffe gaffer gang garbage
     garter gasp geek gelding gender girdle girl gland gloom gnat gobbler goddess goodbye
     gorilla gossip graft gran grandma grandpa granny grease greed grenade grief grouper
     grub guilt guilty guinea gutter handgun harm hatchet hate hatred haunt havoc head
@@ -407,7 +407,7 @@ UNFIT_NOUNS = """
     mobster monger monkey monster moody morbid moron mortal mosque mother mouth mule
     murder muscle mutt mutton nasal native neglect neonate nephew niece nobody nose
     nothing nuke nurse nursing nymph obesity offence offense oldie opium organ orient
-    outlaw outrage ovary pagan pain pajamas panic pansy pants papa parole passing
+    other outlaw outrage ovary pagan pain pajamas panic pansy pants papa parole passing
     passion patient patriot payoff peasant peek peen penalty period perp pest piglet
     pigpen pigsty pile pill pillbox pimp pimple pinworm piracy pistol placebo plain plea
     plight plug plunger poison pole police polyp poor potty poverty prayer prey priest
