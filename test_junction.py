@@ -5849,10 +5849,14 @@ def test_who_is_idle_is_dim_who_waits_green_and_what_is_unread_yellow(
 
 
 @posix_only
-def test_watch_draws_on_a_terminal_and_leaves_it_as_it_was(server: Server) -> None:
+def test_watch_draws_on_a_terminal_and_leaves_it_as_it_was() -> None:
     import termios
 
-    with Shell("watch", terminal=True, JUNCTION_URL=server.url) as shell:
+    # In the junction of all tests, others may fill the table.
+    with (
+        running() as server,
+        Shell("watch", terminal=True, JUNCTION_URL=server.url) as shell,
+    ):
         before = termios.tcgetattr(shell.ours)
         shell.hear(r"\d+ here")
         assert "\x1b[?1049h" in shell.said.partition(" here")[0]
