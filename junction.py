@@ -64,7 +64,6 @@ for _name in list(os.environ):
     if _name.upper().startswith(("FASTMCP_", "OTEL_")):
         del os.environ[_name]
 os.environ["FASTMCP_ENV_FILE"] = os.devnull
-os.environ["FASTMCP_TELEMETRY_MODE"] = "propagation_only"
 
 # The imports make no garbage, so the garbage collector rests meanwhile.
 gc.disable()

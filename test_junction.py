@@ -68,6 +68,10 @@ MODERN = "2026-07-28"
 ERAS = [LEGACY, MODERN]
 both_eras = pytest.mark.parametrize("era", ERAS)
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+# A shell lets what it runs in the background ignore SIGINT, and so would all that is
+# started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 posix_only = pytest.mark.skipif(os.name != "posix", reason="signals and terminals of POSIX")
 
 
