@@ -640,10 +640,9 @@ class Junction:
         else:
             session_id = secrets.token_hex(16)  # 128 random bits
             peer = self._join(sha256(session_id), repo, task, role)
-        if not peer.is_visitor:
-            for wait in self.seekers:
-                if wait.wants(peer.role):
-                    wait.bell.set()
+        for wait in self.seekers:
+            if wait.wants(peer.role):
+                wait.bell.set()
         return {
             "alias": peer.alias,
             "session_id": session_id,

@@ -35,6 +35,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import Mock
 
@@ -4159,6 +4160,35 @@ def test_a_head_above_16_kib_is_refused_when_it_trickles(
     assert was_taken(receive(talk)) == is_taken
 
 
+class SlowlyTaken(app.BoundedProtocol):
+    """A connection whose client takes so much of its answer between two looks."""
+
+    def __init__(self, taken: int) -> None:
+        self.unsent = 1_000
+        self.taken = taken
+        self.is_closed = False
+        self.transport: Any = self
+        self.timeout_keep_alive_task = None
+        self.cycle: Any = SimpleNamespace(more_body=False, response_complete=True)
+
+    def get_write_buffer_size(self) -> int:
+        self.unsent -= self.taken
+        return self.unsent
+
+    def abort(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize(("taken", "is_closed"), [(0, True), (1, False)])
+def test_a_client_that_takes_a_little_of_its_answer_is_not_closed(
+    taken: int, is_closed: bool
+) -> None:
+    connection = SlowlyTaken(taken)
+    for _ in range(3):
+        connection.close_if_stuck()
+    assert connection.is_closed == is_closed
+
+
 def head_of(fields: int) -> bytes:
     """Return a head of so many fields, but for the blank line that ends it."""
     head = b"GET /elsewhere HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
@@ -6634,7 +6664,7 @@ EVENT_ANSWERS = [
 
 
 @pytest.mark.parametrize(("answer", "kind"), EVENT_ANSWERS)
-@pytest.mark.parametrize("command", ["peers", "watch"])
+@pytest.mark.parametrize("command", ["peers", "watch", "ring no-body -- true"])
 def test_what_tells_no_events_is_not_a_junction(
     cli: Cli, command: str, answer: str, kind: str
 ) -> None:
@@ -6643,10 +6673,10 @@ def test_what_tells_no_events_is_not_a_junction(
     assert f"{url}: what answers there is not a junction" in line
 
 
-def test_ring_does_not_wait_for_what_is_not_a_junction(cli: Cli) -> None:
-    with other_http("<html>", "text/html") as url:
-        line = cli("ring", "no-body", "--", "true", at=url).line(4)
-    assert f"{url}: what answers there is not a junction" in line
+def test_a_command_is_more_patient_than_the_junction_is_silent() -> None:
+    with app.http_client(app.base_url(app.DEFAULT_URL), "", None) as http:
+        assert http.timeout.read
+        assert http.timeout.read > app.PROGRESS_SECONDS
 
 
 @any_command
