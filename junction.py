@@ -1749,10 +1749,6 @@ def run(listener: socket.socket, token: str, names: list[str], tls_cert: str, tl
         ssl_certfile=tls_cert or None,
         ssl_keyfile=tls_key or None,
     )
-    # What is here now stays, and what comes new is looked through often and briefly.
-    # Otherwise the collector's pauses make the slowest calls far slower.
-    gc.freeze()
-    gc.set_threshold(1_500, 20, 300)
     Server(config).run([listener])
 
 
