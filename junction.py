@@ -125,7 +125,7 @@ JUNCTION_BYTES = 256 * 1024**2
 LABEL_CHARACTERS = 200  # of repo, task and role
 WAIT_SECONDS = 3_600  # the longest wait
 
-# What a read took can be repeated until so long after the next call of its reader.
+# A message that was taken can be repeated until so long after its reader's next call.
 AGAIN_SECONDS = 60
 
 # Clients cut a long answer before they show it to their model: Copilot at 32,000
@@ -562,7 +562,8 @@ def check_inbox(peer: Peer, sender: str, size: int) -> None:
             )
 
 
-# Whether the client of the current call has gone. The server sets it for each request.
+# A function that says whether the client of the current call has gone. The server sets
+# it for each request, and ToolCalls adds to it whether the call was cancelled.
 client_gone: ContextVar[Callable[[], bool]] = ContextVar("client_gone", default=lambda: False)
 
 
@@ -617,7 +618,7 @@ class Junction:
             )
         peer.seen = self.clock()
         for sealed in reversed(peer.handed_out):
-            # Set by an earlier call, as for all messages before it.
+            # The oldest come first. So from here back, all have their time already.
             if sealed.until < math.inf:
                 break
             sealed.until = peer.seen + AGAIN_SECONDS
@@ -716,7 +717,7 @@ class Junction:
 
     def _as_seen_by(self, peer: Peer, other: Peer) -> PeerInfo:
         info = self.describe(other)
-        # Not for anybody's message, but for one of this peer.
+        # Here it is whether it waits for a message of this peer.
         info["waiting"] = other.reads_from(peer.alias)
         info["unread_from_you"] = len(other.mail_from(peer.alias))
         return cast(PeerInfo, info)
@@ -1053,7 +1054,8 @@ READ_ONLY = {"readOnlyHint": True}
 
 # Nearly always a tool is called bare: by Tool.run, without FastMCP's Context, and
 # without any middleware. So whatever it needs, it takes as an argument or from
-# `junction`. A tool with the argument `wait_seconds` is answered as an event stream.
+# `junction`. A call that gives `wait_seconds`, and not as 0, is answered as an event
+# stream.
 
 
 @mcp.tool(annotations=HARMLESS)
@@ -1477,7 +1479,7 @@ class ToolCalls:
             await response(scope, receive, send)
         finally:
             self.running.remove(call)
-            call.cancel()
+            call.cancel()  # if its client has gone; one that has ended stays as it is
 
     def cancel(self, session: str, call_id: object) -> None:
         """Cancel the call of this id in this session.
@@ -1584,7 +1586,7 @@ class BoundedProtocol(HttpToolsProtocol):
         )
         if not unsent and (is_resting or is_waiting):
             return None
-        # If both stay the same, it is the same request, or as much of an answer is left.
+        # The same at two looks: the same request still arrives, or as much is unsent.
         return (self.cycle, unsent)
 
 
@@ -2138,7 +2140,7 @@ def connect_command(
     """
     chosen = chosen_clients(clients)
     if not only_remove:
-        # This says why the junction cannot be used now, if so. It may be started later.
+        # If the junction cannot be used, this says why. It may be started later.
         with suppress(SystemExit), connected(url, token, ca) as http:
             next(events_of(http))
     if ca:
@@ -2472,6 +2474,8 @@ class Bell:
             if peer["alias"] == self.alias:
                 had_mail = self.has_mail
                 self.has_mail = peer["unread"] > 0
+                if not self.has_mail:  # read, perhaps while the connection was lost
+                    self.has_rung = False
                 if had_mail and self.has_mail and not (self.has_rung or self.process):
                     self.ring()
                 return
@@ -2579,16 +2583,18 @@ def connected(url: httpx2.URL, token: str, ca: Path | None) -> Iterator[httpx2.C
 
 def http_client(url: httpx2.URL, token: str, ca: Path | None) -> httpx2.Client:
     """Return a client, which reaches an address on loopback without a proxy."""
-    is_away = not is_loopback(url.host)
+    is_remote = not is_loopback(url.host)
     trust: Any = False
     # Without TLS on loopback there is nothing to verify, and a context takes 30 ms.
-    if is_away or url.scheme == "https":
+    if is_remote or url.scheme == "https":
         trust = httpx2.create_ssl_context()
         if ca:
             trust.load_verify_locations(ca)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     # While a call waits, there is a sign of life each 15 s.
-    return httpx2.Client(base_url=url, headers=headers, verify=trust, trust_env=is_away, timeout=30)
+    return httpx2.Client(
+        base_url=url, headers=headers, verify=trust, trust_env=is_remote, timeout=30
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -2820,7 +2826,7 @@ def read_and_show(visit: Visit, wait: float, sender: str, show: Callable[[Read],
             messages += page["messages"]
             page = visit.call("read_messages", sender=sender)
         taken["remaining"] = page["remaining"]
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, httpx2.TransportError):
         if visit.leaves:  # then nobody can ask again for what was on its way
             with suppress(ToolError, httpx2.HTTPError):
                 again = visit.call("read_messages", sender=sender, again=True)

@@ -6386,6 +6386,13 @@ def test_a_message_right_after_a_command_has_failed_rings_again(popen: Mock) -> 
     assert popen.call_count == 2
 
 
+def test_ring_knows_what_was_read_while_its_connection_was_lost(popen: Mock) -> None:
+    rung = app.Bell("wry-fox", ["bell"])
+    for unread in (1, 1, 0, 1, 1):
+        rung.take(happening("snapshot", peers=[on_board("wry-fox", unread=unread)]))
+    assert popen.call_count == 2
+
+
 def test_ring_knows_who_wrote_to_so_many_that_not_all_are_named(popen: Mock) -> None:
     rung = app.Bell("wry-fox", ["bell"])
     sent = happening("message_sent", to=["icy-owl"], to_count=300, bytes=5)
@@ -6944,6 +6951,23 @@ def test_an_interrupted_visitor_shows_what_it_took_once(
     assert ended.code == 130
     assert ended.err.splitlines()[-1] == "agent-junction: interrupted"
     assert ended.out == "hello"
+
+
+def test_a_visitor_shows_what_was_in_an_answer_whose_connection_broke(
+    cli: Cli, server: Server
+) -> None:
+    friend = Friend(server)
+    breaks = iter([ConnectionError()])
+
+    def look(data: bytes) -> None:
+        if b'"hello"' in data:
+            for error in breaks:
+                raise error
+
+    with relaying(server, look) as address, meanwhile(lambda: friend.writes("hello")):
+        ended = cli("read", "--wait", "20", "--raw", at=address)
+    assert ended.out == "hello"
+    assert ended.code == 4
 
 
 @posix_only
