@@ -18,6 +18,7 @@ import re
 import select
 import selectors
 import shlex
+import shutil
 import signal
 import socket
 import socketserver
@@ -3312,6 +3313,26 @@ def crowd_around(
 @posix_only
 @both_eras
 @pytest.mark.parametrize("wait", [{}, {"wait_seconds": 60}], ids=["now", "waiting"])
+@pytest.mark.parametrize("go", [reset, socket.socket.close], ids=["reset", "close"])
+def test_a_read_whose_client_is_gone_when_it_arrives_takes_no_mail(
+    either: Server, era: str, wait: Any, go: Callable[[socket.socket], None]
+) -> None:
+    ann = Agent(either)
+    bob = Agent(either, era)
+    for _ in range(10):
+        ann.send(bob.alias, "hello")
+        talk = connect(either)
+        ask(either, "/health")  # when this is answered, that was accepted
+        with stopped(either):
+            talk.sendall(bob.request("read_messages", **wait))
+            go(talk)
+        until(lambda: not bob.waits())
+        assert bob.read() == ["hello"]
+
+
+@posix_only
+@both_eras
+@pytest.mark.parametrize("wait", [{}, {"wait_seconds": 60}], ids=["now", "waiting"])
 def test_a_read_whose_client_goes_before_its_turn_takes_no_mail(
     tuned: Server, era: str, wait: Any
 ) -> None:
@@ -3505,6 +3526,7 @@ def test_a_call_with_another_body_is_answered_as_by_the_sdk(
         {"progressToken": "seven"},
         {"progressToken": 7.5},
         {"progressToken": [7]},
+        {"progressToken": None},
         {"claudecode/toolUseId": "toolu_1", "x-codex-turn-metadata": {"model": "stub"}},
         {"fastmcp": {"version": "9"}},
         {"fastmcp": 5},
@@ -4210,6 +4232,14 @@ def test_a_body_in_the_same_piece_does_not_hide_that_a_head_has_too_many_fields(
     head = head_of(100) + b"content-length: %d\r\n\r\n" % len(body)
     answer = receive(connect(server, head + body))
     assert answer.startswith(b"HTTP/1.1 400 ")
+
+
+def test_fields_behind_a_body_are_counted_as_well(server: Server) -> None:
+    head = b"GET /health HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    began = time.monotonic()
+    answer = receive(connect(server, head + b"0\r\n" + b"a:b\r\n" * 100))
+    assert b" 200 " not in answer
+    assert time.monotonic() - began < app.STUCK_SECONDS
 
 
 def test_a_head_of_more_than_100_fields_is_refused_before_it_ends(server: Server) -> None:
@@ -6680,6 +6710,32 @@ def test_what_tells_no_events_is_not_a_junction(
     assert f"{url}: what answers there is not a junction" in line
 
 
+WHOLE = {"alias": "a-b", "role": "", "repo": "", "task": "", "idle_seconds": 0, "waiting": False}
+
+ODD_PEERS = [
+    3,
+    {},
+    {**WHOLE, "unread": 0, "alias": 5},
+    {**WHOLE, "unread": 0, "role": 7},
+    {**WHOLE, "unread": 0, "idle_seconds": "x"},
+]
+
+
+@pytest.mark.parametrize("peer", ODD_PEERS)
+def test_what_tells_of_odd_peers_is_not_a_junction(cli: Cli, peer: Any) -> None:
+    told = "data: " + json.dumps(happening("snapshot", peers=[peer]))
+    with other_http(told, "text/event-stream") as url:
+        line = cli("peers", at=url).line(4)
+    assert f"{url}: what answers there is not a junction" in line
+
+
+def test_control_characters_in_a_refusal_are_escaped(cli: Cli) -> None:
+    refusal = {"isError": True, "content": [{"text": "no\n\x1b[2Jway"}]}
+    with other_http(json.dumps({"result": refusal})) as url:
+        line = cli("read", "--wait", "9", at=url).line(1)
+    assert line == "agent-junction: no\\n\\x1b[2Jway\n"
+
+
 def test_a_command_is_more_patient_than_the_junction_is_silent() -> None:
     with app.http_client(app.base_url(app.DEFAULT_URL), "", None) as http:
         assert http.timeout.read
@@ -7054,6 +7110,40 @@ async def test_the_readme_wakes_a_client_by_the_same_line_as_the_tools_text(begi
     text = " ".join((tool.description or "").split())
     (line,) = re.findall(rf"`({re.escape(begin)}[^`]*)`", text)
     assert f"`{line}`" in README
+
+
+def lines_to_run() -> list[str]:
+    """Return the command lines of ours that the README shows, without those of a table."""
+    shown = re.findall(r"(?:^|`)(agent-junction(?: [^`\n]+)?)(?=`|$)", README, re.MULTILINE)
+    return sorted({line for line in shown if "[" not in line})
+
+
+@pytest.mark.parametrize("line", lines_to_run())
+def test_the_command_line_takes_what_the_readme_shows(
+    line: str, certificate: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copy(certificate, tmp_path / "cert.pem")
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line.partition(" < ")[0])[1:]
+    if not words or words[0].startswith("-"):
+        words = ["serve", *words]
+    name, *arguments = words
+    context = commands()[name].make_context(name, arguments)
+    assert context.params.keys() == {option.name for option in commands()[name].params} - {"help"}
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="there is no openssl here")
+def test_the_certificate_of_the_readme_serves_and_is_trusted(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (shown,) = re.findall(r"^openssl req .*\\\n.*$", README, re.MULTILINE)
+    command = shlex.split(shown.replace("\\\n", ""))
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    files = ["--tls-cert", "cert.pem", "--tls-key", "key.pem"]
+    with running(*files) as there:
+        ended = cli("peers", "--ca", "cert.pem", at=there.url)
+    assert ended == Ended(0, "nobody is here\n", "")
 
 
 def test_no_line_of_prose_in_the_readme_is_wider_than_120_columns() -> None:
