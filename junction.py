@@ -743,40 +743,42 @@ class Junction:
 
     # Sending
 
-    def send(self, sender: Peer, target: str, text: str) -> Sent:
-        """Seal a message into one inbox, or with `*` into everybody else's.
+    def send(self, peer: Peer, alias: str, text: str) -> Sent:
+        """Seal a message into the inbox of an alias, or with `*` into everybody else's.
 
         Either all targets get it, or Refused is raised and none does.
         """
-        message: Message = {"from": sender.alias, "message": text, "timestamp": self.now()}
+        message: Message = {"from": peer.alias, "message": text, "timestamp": self.now()}
         size, size_in_answer = measure(message)
-        targets = self._targets(sender, target)
-        self._check_room(targets, sender.alias, size)
-        waiting = sum(peer.reads_from(sender.alias) for peer in targets)
-        for peer in targets:
-            self._put(peer, message, size_in_answer)
-        to = [peer.alias for peer in targets[:NAMED_TARGETS]]
+        targets = self._targets(peer, alias)
+        self._check_room(targets, peer.alias, size)
+        waiting = sum(target.reads_from(peer.alias) for target in targets)
+        for target in targets:
+            self._put(target, message, size_in_answer)
+        to = [target.alias for target in targets[:NAMED_TARGETS]]
         to_count = len(targets)
-        facts = {"from": sender.alias, "to": to, "to_count": to_count, "bytes": size}
+        facts = {"from": peer.alias, "to": to, "to_count": to_count, "bytes": size}
         self.tell("message_sent", message["timestamp"], **facts)
         return {
             "delivered": True,
             "to": to,
             "to_count": to_count,
             "waiting": waiting,
-            "unread": len(sender.inbox),
+            "unread": len(peer.inbox),
         }
 
-    def _targets(self, sender: Peer, target: str) -> list[Peer]:
+    def _targets(self, peer: Peer, alias: str) -> list[Peer]:
         """Return whom a message reaches. `*` reaches a visitor only while it waits for it."""
-        if target == sender.alias:
-            raise Refused(f"{target} is you. Call list_peers to see who else is here.")
-        if target in self.peers:
-            return [self.peers[target]]
-        if target != "*":
-            raise self._nobody(target)
-        others = self._others(sender)
-        targets = [peer for peer in others if peer.reads_from(sender.alias) or not peer.is_visitor]
+        if alias == peer.alias:
+            raise Refused(f"{alias} is you. Call list_peers to see who else is here.")
+        if alias in self.peers:
+            return [self.peers[alias]]
+        if alias != "*":
+            raise self._nobody(alias)
+        others = self._others(peer)
+        targets = [
+            other for other in others if other.reads_from(peer.alias) or not other.is_visitor
+        ]
         if not targets:
             raise Refused(
                 "Nobody else is here. Call list_peers with wait_seconds to wait for somebody."
@@ -800,8 +802,8 @@ class Junction:
 
     def _check_room(self, targets: list[Peer], sender: str, size: int) -> None:
         """Raise Refused unless each target and the junction can take the message."""
-        for peer in targets:
-            check_inbox(peer, sender, size)
+        for target in targets:
+            check_inbox(target, sender, size)
         messages = self.messages + len(targets)
         if messages > JUNCTION_MESSAGES or self.size + size * len(targets) > JUNCTION_BYTES:
             raise Refused(
@@ -1398,7 +1400,7 @@ def plain_call(scope: Scope, message: Json, tools: dict[str, Tool]) -> ToolCall 
     fields = Headers(scope=scope).items()
     headers = dict(reversed(fields))  # of two fields of one name, the SDK takes the first
     content_type = headers.get("content-type", "").partition(";")[0]
-    accept = headers.get("accept", "").replace(" ", "").split(",")
+    accept = [kind.strip() for kind in headers.get("accept", "").split(",")]
     version = headers.get("mcp-protocol-version", mcp_types.DEFAULT_NEGOTIATED_VERSION)
     is_modern = version == LATEST_MODERN_VERSION
     if is_modern:
@@ -2618,9 +2620,10 @@ MISREADINGS = (
     httpx2.SSEError,
     AttributeError,
     LookupError,
+    OverflowError,
+    RecursionError,
     TypeError,
     ValueError,
-    RecursionError,
 )
 
 

@@ -3407,6 +3407,8 @@ HEADER_CHANGES: list[tuple[str, str | None]] = [
     ("accept", "text/event-stream"),
     ("accept", "text/event-stream, application/json"),
     ("accept", "application/json;q=0.9, text/event-stream"),
+    ("accept", "Text/*, application/*"),
+    ("accept", "application/ json, text/event-stream"),
     ("accept", "image/png"),
     ("ACCEPT", "image/png"),
     ("content-type", None),
@@ -4499,10 +4501,14 @@ def test_an_output_that_takes_nothing_neither_stops_nor_holds_up_the_server(
         assert there.stops_in_silence()
 
 
+# The tests themselves may run under nohup, and then all that they start ignores SIGHUP.
+HEEDS_SIGHUP = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+
+
 @posix_only
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_it_and_it_says_how_many_messages_went(how: signal.Signals) -> None:
-    with running() as there:
+    with running(code=HEEDS_SIGHUP) as there:
         ann = Agent(there)
         bob = Agent(there, LEGACY)
         for text in ("one", "two", "three"):
@@ -6727,6 +6733,15 @@ def test_what_tells_of_odd_peers_is_not_a_junction(cli: Cli, peer: Any) -> None:
     with other_http(told, "text/event-stream") as url:
         line = cli("peers", at=url).line(4)
     assert f"{url}: what answers there is not a junction" in line
+
+
+def test_a_message_of_an_impossible_time_is_not_a_junctions(cli: Cli) -> None:
+    message = {"from": "a-b", "message": "hi", "timestamp": "0001-01-01T00:00:00+14:00"}
+    joined = {"session_id": "s", "alias": "c-d", "messages": [message], "remaining": 0}
+    answer = json.dumps({"result": {"isError": False, "structuredContent": joined}})
+    with other_http(answer) as url:
+        line = cli("read", "--wait", "9", at=url).err
+    assert "not a junction" in line
 
 
 def test_control_characters_in_a_refusal_are_escaped(cli: Cli) -> None:
