@@ -45,6 +45,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -152,6 +153,7 @@ HEAD_FIELDS = 100
 REQUEST_BYTES = 4 * 1024**2  # of a whole request, however it is framed
 STUCK_SECONDS = 10  # between two looks at a connection; one that stands still is closed
 PROGRESS_SECONDS = 15  # between signs of life; a client gives up after 60 silent ones
+ANNOUNCED_LINES = 1_000  # that wait to be printed
 KEEP_ALIVE_SECONDS = 120  # clients close an idle connection earlier, after up to 90 s
 
 # The commands
@@ -864,6 +866,7 @@ class Junction:
         self._end_waiting_read(peer)
         self._forget_handed_out(peer)
         kept = [sealed for sealed in peer.handed_out if sender in ("", sealed.sender)]
+        kept.sort(key=lambda sealed: sealed.sent_at)
         return self._opened(peer, kept)
 
     def _end_waiting_read(self, peer: Peer) -> None:
@@ -1618,18 +1621,25 @@ class BoundedProtocol(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """uvicorn's server, which also sweeps, and answers waiting calls when it stops."""
 
+    sweeping: asyncio.Task[None] | None = None
+
     async def on_tick(self, counter: int) -> bool:
         """Do what is due. uvicorn calls this every 0.1 s, and counts the calls."""
         if counter % (10 * STUCK_SECONDS) == 0:
             for connection in list(self.server_state.connections):
                 cast(BoundedProtocol, connection).close_if_stuck()
-        if counter % max(1, round(10 * junction.sweep_seconds)) == 0:
-            try:
-                await junction.sweep()
-            except Exception as error:
-                # The next sweep may do better. The error's own text could tell too much.
-                announce(f"the sweep for idle peers failed: {type(error).__name__}")
+        is_due = counter % max(1, round(10 * junction.sweep_seconds)) == 0
+        if is_due and (self.sweeping is None or self.sweeping.done()):
+            # A task, since a sweep of many peers takes longer than a stop may wait.
+            self.sweeping = asyncio.create_task(self.sweep())
         return await super().on_tick(counter)
+
+    async def sweep(self) -> None:
+        try:
+            await junction.sweep()
+        except Exception as error:
+            # The next sweep may do better. The error's own text could tell too much.
+            announce(f"the sweep for idle peers failed: {type(error).__name__}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         junction.close()
@@ -1704,15 +1714,51 @@ def harden() -> None:
         ctypes.CDLL(None).prctl(pr_set_dumpable, 0, 0, 0, 0)
 
 
+# Lines for standard output that are not printed yet. If nobody takes them, the oldest go.
+announced: deque[str] = deque(maxlen=ANNOUNCED_LINES)
+
+
 def announce(text: str) -> None:
-    """Print, unless that would block: a full pipe must not stop the server."""
+    """Let a line be printed, by `printing`."""
+    announced.append(text)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Print what is announced, from a thread.
+
+    What the output is connected to may be full, or a terminal that was stopped by
+    Ctrl-S. Then the thread waits, and the server goes on.
+    """
+    ending = threading.Event()
+    printer = threading.Thread(target=print_announced, args=[ending], daemon=True)
+    printer.start()
     try:
-        # On Windows only sockets can be asked, so there a print may block.
-        if sys.stdout and (os.name == "nt" or select.select([], [sys.stdout], [], 0)[1]):
-            print(text, flush=True)
-    except (OSError, ValueError):
-        # Python would try again when it ends, and fail.
-        sys.stdout = cast(Any, None)
+        yield
+    finally:
+        ending.set()
+        printer.join(0.5)  # unless it waits for good
+
+
+def print_announced(ending: threading.Event) -> None:
+    """Print what is announced each 0.1 s, until the end or an error of the output."""
+    descriptor = sys.stdout.fileno()
+    # Not by sys.stdout: Python flushes that when it ends, and would wait for this thread.
+    output = open(
+        descriptor,
+        "w",
+        encoding=sys.stdout.encoding,
+        errors="backslashreplace",
+        closefd=False,
+    )
+    is_last = False
+    with suppress(OSError), output:
+        while not is_last:
+            is_last = ending.is_set()
+            while announced:
+                print(announced.popleft(), file=output)
+            output.flush()
+            ending.wait(0.1)
 
 
 def log(event: Event) -> None:
@@ -1974,9 +2020,10 @@ def serve_command(
         if not token:
             made_token = secrets.token_urlsafe(24)
     harden()
-    with suppress(KeyboardInterrupt):  # which uvicorn raises again after it has stopped
-        for line in greeting(listener, token, made_token, tls_cert).splitlines():
-            announce(for_terminal(line))
+    for line in greeting(listener, token, made_token, tls_cert).splitlines():
+        announce(for_terminal(line))
+    # uvicorn raises KeyboardInterrupt again after it has stopped.
+    with suppress(KeyboardInterrupt), printing():
         run(listener, token or made_token, allowed_hosts, tls_cert, tls_key)
 
 
@@ -2071,7 +2118,7 @@ def for_terminal(line: str) -> str:
 
     A command is wrapped by backslashes, so that it can still be pasted.
     """
-    if not (sys.stdout and sys.stdout.isatty()):
+    if not sys.stdout.isatty():
         return line
     style = "bold"
     line_end = "\n"
@@ -2387,7 +2434,7 @@ class Board:
         kind = event["event"]
         line = ""
         if kind != "snapshot" or self.is_away:
-            line = in_words(event)
+            line = escaped(in_words(event))
             self.latest.appendleft(line)
         self.is_away = kind == "junction_lost"
         if kind == "snapshot":
@@ -2438,13 +2485,14 @@ def peer_table(people: Sequence[Any], width: int) -> Table:
     table.add_column("active", no_wrap=True)
     table.add_column("unread", no_wrap=True, style="yellow")
     for peer in people:
-        active = f"{short_time(peer['idle_seconds'])} ago"
+        active = Text(f"{short_time(peer['idle_seconds'])} ago")
         if peer["waiting"]:
-            active = "[green]waiting"
+            active = Text("waiting", "green")
         # Text, since brackets in a label are no markup.
-        cells = [cut_lines(peer[name]) for name in labels]
+        cells = [cut_lines(escaped(peer[name])) for name in ["alias", *labels]]
+        unread = Text(str(peer["unread"] or ""))
         style = "dim" if peer["idle_seconds"] > DIM_SECONDS else ""
-        table.add_row(peer["alias"], *cells, active, str(peer["unread"] or ""), style=style)
+        table.add_row(*cells, active, unread, style=style)
     return table
 
 
@@ -2850,7 +2898,7 @@ def write_text(answer: Read, write: Callable[[bytes], None]) -> None:
     senders = dict.fromkeys(message["from"] for message in answer["messages"])
     if text:
         write(text)
-        print(f"from {', '.join(senders)}", file=sys.stderr)
+        print(escaped(f"from {', '.join(senders)}"), file=sys.stderr)
 
 
 def show_raw(answer: Read) -> None:
@@ -2905,9 +2953,12 @@ def read_and_show(visit: Visit, wait: float, sender: str, show: Callable[[Read],
 
 def main() -> None:
     """Run the command line. Every error is one line on standard error, with its exit code."""
-    if sys.stdout:
-        # Some terminals lack characters.
-        cast(Any, sys.stdout).reconfigure(errors="backslashreplace")
+    # A stream that was closed is None. Without one, print() takes standard output instead.
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    # Some terminals lack characters.
+    cast(Any, sys.stdout).reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # A closed terminal is like SIGTERM, unless SIGHUP is ignored, as by nohup.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:

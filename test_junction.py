@@ -1614,6 +1614,20 @@ async def test_again_repeats_as_many_of_the_newest_messages_as_fit(sent: list[st
             assert json_bytes(answer) + one_more > 29_500, "one more had fitted"
 
 
+async def test_what_several_reads_took_is_repeated_in_the_order_of_sending(
+    here: Junction, clock: Clock
+) -> None:
+    ann = Caller(here)
+    bob = Caller(here)
+    cleo = Caller(here)
+    ann.send(cleo.alias, "first")
+    clock.seconds = 1
+    bob.send(cleo.alias, "second")
+    assert await cleo.read(sender=bob.alias) == ["second"]
+    assert await cleo.read(sender=ann.alias) == ["first"]
+    assert cleo.read_again() == ["first", "second"]
+
+
 async def test_the_call_after_a_read_can_repeat_it_however_late(
     here: Junction, clock: Clock
 ) -> None:
@@ -1991,6 +2005,7 @@ class Text:
 
     sender: str
     pattern: str  # which its text has to match, as the number of a notice is its last word
+    sent: float
     until: float = math.inf  # when it can no longer be repeated, once it has been read
 
 
@@ -2149,7 +2164,7 @@ class Mailboxes(RuleBasedStateMachine):
             number = unread.count(sender)
             if number:
                 notice = rf"{alias} {why}\..* {number}\."
-                self.inboxes[sender].append(Text("junction", notice))
+                self.inboxes[sender].append(Text("junction", notice, self.clock.seconds))
         reading = self.readings.pop(alias, None)
         if reading:
             self.check_error(reading.task, f"{alias} left during.*Call register")
@@ -2183,7 +2198,7 @@ class Mailboxes(RuleBasedStateMachine):
         assert sent["waiting"] == sum(self.wakes(sender, alias) for alias in reached)
         assert sent["unread"] == len(self.inboxes[sender])
         for alias in reached:
-            self.inboxes[alias].append(Text(sender, number))
+            self.inboxes[alias].append(Text(sender, number, self.clock.seconds))
 
     @rule(sender=peers, to=peers, number=st.integers(1, 3))
     def send(self, sender: str, to: str, number: int) -> None:
@@ -2207,7 +2222,8 @@ class Mailboxes(RuleBasedStateMachine):
     @rule(alias=repeaters, wanted=senders)
     def read_again(self, alias: str, wanted: str) -> None:
         answer = self.here.read_again(self.peer(alias), wanted)
-        expected = [text for text in self.kept(alias) if wanted in ("", text.sender)]
+        kept = sorted(self.kept(alias), key=lambda text: text.sent)
+        expected = [text for text in kept if wanted in ("", text.sender)]
         self.check(alias, answer, expected)
         self.take_over(alias)
 
@@ -2399,6 +2415,7 @@ def running(
         try:
             until(lambda: process.poll() is not None or app.is_junction(app.base_url(base)))
             assert process.poll() is None, server.errors.read_text()
+            until(lambda: bool(where or server.said()))
             yield server
         finally:
             process.kill()
@@ -4501,6 +4518,43 @@ def test_an_output_that_takes_nothing_neither_stops_nor_holds_up_the_server(
         assert there.stops_in_silence()
 
 
+@pytest.fixture
+def deaf_terminal() -> Iterator[str]:
+    """The path of a terminal that nobody reads, as when it was stopped by Ctrl-S."""
+    ours, theirs = os.openpty()
+    yield os.ttyname(theirs)
+    os.close(ours)
+    os.close(theirs)
+
+
+@linux_only
+def test_a_terminal_that_nobody_reads_neither_stops_nor_holds_up_the_server(
+    deaf_terminal: str,
+) -> None:
+    with running(where=f">{deaf_terminal}") as there:
+        for _ in range(50):
+            ann = Agent(there, repo="x" * 200, role="y" * 200)
+            ann("disconnect")
+        assert there.stops_in_silence()
+
+
+ENDLESS_SWEEP = """
+import asyncio, junction
+
+async def sweep(here):
+    while True:
+        await asyncio.sleep(0)
+
+junction.Junction.sweep = sweep
+"""
+
+
+def test_a_sweep_that_takes_long_holds_up_no_stop() -> None:
+    with running(code=ENDLESS_SWEEP) as there:
+        Agent(there)
+        assert there.stops_in_silence()
+
+
 # The tests themselves may run under nohup, and then all that they start ignores SIGHUP.
 HEEDS_SIGHUP = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
 
@@ -4696,6 +4750,7 @@ def test_neither_events_nor_the_log_tell_a_text_or_a_session_id(
     ann.send(bob.alias, "swordfish")
     bob("disconnect")
     watch.wait_for("peer_left")
+    until(lambda: f"{bob.alias} left" in altered.said())
     for told in (watch.text.decode(), altered.said()):
         assert ann.alias in told
         assert "swordfish" not in told
@@ -4713,7 +4768,7 @@ def test_a_visitor_comes_and_goes_unnoticed(altered: Server, watch: Watch, era: 
     told = watch.wait_for("peer_left")
     moves = [event for event in told if event["event"] in ("peer_joined", "peer_left")]
     assert [event["alias"] for event in moves] == [bob.alias, bob.alias]
-    assert f"{bob.alias} left" in altered.said()
+    until(lambda: f"{bob.alias} left" in altered.said())
     assert f"{visitor.alias} wrote to {bob.alias}" in altered.said()
     assert f"{visitor.alias} joined" not in altered.said()
     assert f"{visitor.alias} left" not in altered.said()
@@ -6674,6 +6729,40 @@ def test_a_failure_is_one_line_and_leaves_no_peer(
     assert get(server, "/health")["activePeers"] == before
 
 
+def with_closed(streams: str, server: Server, *arguments: str, **variables: str) -> Ended:
+    """Run a command some of whose standard streams the shell has closed."""
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, app.__file__, *arguments],
+        env=environment(JUNCTION_URL=server.url, PYTHONWARNINGS="", **variables),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=30,
+    )
+    return Ended(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+
+
+@posix_only
+def test_without_standard_error_only_the_text_is_on_standard_output(server: Server) -> None:
+    ann = Agent(server)
+    bob = Agent(server)
+    ann.send(bob.alias, "swordfish")
+    ended = with_closed("2>&-", server, "read", "--raw", JUNCTION_SESSION=bob.session_id)
+    assert ended == Ended(0, "swordfish", "")
+
+
+@posix_only
+@pytest.mark.parametrize(
+    ("streams", "command", "code"),
+    [("<&-", "send a-b", 1), (">&-", "peers", 0), (">&- 2>&-", "send a-b hi", 1)],
+)
+def test_a_closed_stream_is_no_failure_of_its_own(
+    server: Server, streams: str, command: str, code: int
+) -> None:
+    ended = with_closed(streams, server, *command.split())
+    assert ended.code == code
+    assert ended.err.count("\n") == ("2>&-" not in streams and code)
+
+
 def test_a_refusal_is_shown_whole(cli: Cli) -> None:
     refusal = "There is no peer 'no-body'. Call list_peers to see who is here."
     assert cli("send", "no-body", "x").line(1) == f"agent-junction: {refusal}\n"
@@ -6733,6 +6822,17 @@ def test_what_tells_of_odd_peers_is_not_a_junction(cli: Cli, peer: Any) -> None:
     with other_http(told, "text/event-stream") as url:
         line = cli("peers", at=url).line(4)
     assert f"{url}: what answers there is not a junction" in line
+
+
+def test_an_alias_from_another_server_drives_no_terminal_and_is_no_markup(cli: Cli) -> None:
+    peer = {**WHOLE, "unread": "[/u]", "alias": "[/x]\x1b[2J", "role": "\x1b]0;"}
+    told = "data: " + json.dumps(happening("snapshot", peers=[peer]))
+    with other_http(told, "text/event-stream") as url:
+        ended = cli("peers", at=url)
+    assert ended.code == 0
+    for cell in ("[/u]", "[/x]\\x1b[2J", "\\x1b]0;"):
+        assert cell in ended.out
+    assert "\x1b" not in ended.out
 
 
 def test_a_message_of_an_impossible_time_is_not_a_junctions(cli: Cli) -> None:
