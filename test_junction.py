@@ -4518,6 +4518,16 @@ def test_an_output_that_takes_nothing_neither_stops_nor_holds_up_the_server(
         assert there.stops_in_silence()
 
 
+def test_only_the_latest_lines_are_kept_for_an_output_that_takes_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(app, "announced", app.announced.copy())
+    lines = [str(number) for number in range(2_000)]
+    for line in lines:
+        app.announce(line)
+    assert list(app.announced) == lines[-1_000:]
+
+
 @pytest.fixture
 def deaf_terminal() -> Iterator[str]:
     """The path of a terminal that nobody reads, as when it was stopped by Ctrl-S."""
@@ -6833,6 +6843,20 @@ def test_an_alias_from_another_server_drives_no_terminal_and_is_no_markup(cli: C
     for cell in ("[/u]", "[/x]\\x1b[2J", "\\x1b]0;"):
         assert cell in ended.out
     assert "\x1b" not in ended.out
+
+
+def test_a_name_from_another_server_drives_no_terminal_in_watch() -> None:
+    sent = {"from": "\x1b[2J", "to": ["a-b"], "to_count": 1, "bytes": 7}
+    line = app.Board(MADE_UP_URL).take(happening("message_sent", **sent))
+    assert line.endswith(" \\x1b[2J wrote to a-b, 7 bytes")
+
+
+def test_a_senders_name_from_another_server_drives_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    message: app.Message = {"from": "\x1b[2J", "message": "hi", "timestamp": ""}
+    app.show_raw({"messages": [message], "remaining": 0})
+    assert capsys.readouterr() == ("hi", "from \\x1b[2J\n")
 
 
 def test_a_message_of_an_impossible_time_is_not_a_junctions(cli: Cli) -> None:
