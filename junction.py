@@ -7,7 +7,8 @@ is the only key to its *inbox*. There are six tools:
     register       join, or resume after a restart: returns alias and session_id
     list_peers     who else is here; can wait until somebody is
     send_message   leave a message in one inbox, or with * in all of them
-    read_messages  take the messages from your inbox, each once; can wait for one
+    read_messages  take the messages from your inbox, each once; can wait for one,
+                   and repeat what a lost answer held
     known_hosts    other junctions
     disconnect     leave; inbox and key are erased
 
@@ -126,13 +127,15 @@ JUNCTION_BYTES = 256 * 1024**2
 LABEL_CHARACTERS = 200  # of repo, task and role
 WAIT_SECONDS = 3_600  # the longest wait
 
-# A message that was taken can be repeated until so long after its reader's next call.
+# What a read took can be repeated for as long as this. The time begins with the next
+# call that its reader makes.
 AGAIN_SECONDS = 60
 
 # Clients cut a long answer before they show it to their model: Copilot at 32,000
 # characters, Codex and Gemini at 40,000. Claude Code writes more than 50,000 to a
 # file. So a list of messages or peers is kept shorter, and a longer message comes
-# alone. Both limits are bytes of JSON, as UTF-8.
+# alone. One that is longer still is refused when it is sent. Both limits are bytes of
+# JSON, as UTF-8.
 ANSWER_BYTES = 30_000
 LONE_ANSWER_BYTES = 48_000
 BLANK_BYTES = 20  # room for blanks between the fields of a message or peer
@@ -142,16 +145,17 @@ NAMED_TARGETS = 100  # aliases that the answer to a broadcast names
 # Watchers are the connections to /events.
 WATCHERS = 16
 WATCHER_EVENTS = 10_000  # one that is further behind is dropped
-SNAPSHOT_SECONDS = 1  # between two snapshots of up to so many peers:
-QUICK_SNAPSHOT_PEERS = 200
-SLOW_SNAPSHOT_SECONDS = 5  # between two larger ones
+SNAPSHOT_SECONDS = 1  # between two snapshots of who is here
+QUICK_SNAPSHOT_PEERS = 200  # with more peers than this, they come more slowly:
+SLOW_SNAPSHOT_SECONDS = 5
 
 # HTTP. JSON may escape each byte of a message as six characters: 192 KiB.
 BODY_BYTES = 256 * 1024
 HEAD_BYTES = 16 * 1024  # of a request's line and header fields
 HEAD_FIELDS = 100
-REQUEST_BYTES = 4 * 1024**2  # of a whole request, however it is framed
-STUCK_SECONDS = 10  # between two looks at a connection; one that stands still is closed
+# Of a whole request. A body that comes in chunks of a byte is six times as long.
+REQUEST_BYTES = 4 * 1024**2
+STUCK_SECONDS = 10  # between two looks at what a connection has left unfinished
 PROGRESS_SECONDS = 15  # between signs of life; a client gives up after 60 silent ones
 ANNOUNCED_LINES = 1_000  # that wait to be printed
 KEEP_ALIVE_SECONDS = 120  # clients close an idle connection earlier, after up to 90 s
@@ -267,7 +271,7 @@ class Wait:
         return self.wanted in ("", name)
 
     def end(self, why: str) -> None:
-        """Let the call end with this error, or with an earlier one."""
+        """Let the call end with this error, unless it has to end with another already."""
         self.ended = self.ended or why
         self.bell.set()
 
@@ -292,7 +296,10 @@ class Peer:
 
     @property
     def is_visitor(self) -> bool:
-        """Whether a command joined as this peer, for its one call."""
+        """Whether a command joined as this peer, for its one call.
+
+        An agent that takes this role is treated alike.
+        """
         return self.role == VISITOR_ROLE
 
     def mail_from(self, sender: str) -> list[Sealed]:
@@ -317,8 +324,8 @@ def make_key() -> bytearray:
 def wipe(key: bytearray) -> None:
     """Overwrite a key with zeros. No compiler may leave out sodium_memzero."""
     sodium.sodium_memzero(ffi.from_buffer(key), len(key))
-    # OpenSSL may leave its last key in freed memory. Encrypting once with zeros
-    # overwrites that.
+    # OpenSSL may leave the last key that it used in freed memory. To encrypt once with
+    # our key, which is all zeros now, overwrites that.
     AESGCM(key).encrypt(bytes(12), b"", None)
 
 
@@ -552,15 +559,17 @@ def measure(message: Message) -> tuple[int, int]:
 
 def check_inbox(peer: Peer, sender: str, size: int) -> None:
     """Raise Refused if an inbox, or the sender's half of it, has no room for `size` bytes."""
-    check_share(peer, peer.mail_from(sender), size, 2, " of yours")
-    check_share(peer, peer.inbox, size, 1, "")
+    half = (INBOX_MESSAGES // 2, INBOX_BYTES // 2)
+    check_mail(peer, peer.mail_from(sender), size, half, " of yours")
+    check_mail(peer, peer.inbox, size, (INBOX_MESSAGES, INBOX_BYTES), "")
 
 
-def check_share(peer: Peer, mail: list[Sealed], size: int, parts: int, whose: str) -> None:
-    """Raise Refused if `mail` and `size` bytes more exceed one of so many parts of an inbox."""
+def check_mail(
+    peer: Peer, mail: list[Sealed], size: int, limits: tuple[int, int], whose: str
+) -> None:
+    """Raise Refused if one more message, of `size` bytes, exceeds limits of messages or bytes."""
+    most_messages, most_bytes = limits
     used = sum(sealed.size for sealed in mail)
-    most_messages = INBOX_MESSAGES // parts
-    most_bytes = INBOX_BYTES // parts
     if len(mail) >= most_messages or used + size > most_bytes:
         raise Refused(
             f"The inbox of {peer.alias} is full: {len(mail)} unread messages{whose}, "
@@ -569,8 +578,8 @@ def check_share(peer: Peer, mail: list[Sealed], size: int, parts: int, whose: st
         )
 
 
-# A function that says whether the client of the current call has gone. The server sets
-# it for each request, and ToolCalls adds to it whether the call was cancelled.
+# A function that says whether the client of the current call has gone. What serves
+# HTTP, further down, sets it for each request.
 client_gone: ContextVar[Callable[[], bool]] = ContextVar("client_gone", default=lambda: False)
 
 
@@ -586,7 +595,7 @@ class Junction:
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], str] = utc_now
     log: Callable[[Event], None] = lambda event: None
-    idle_seconds: float = 1_800  # a peer that is silent for longer is erased
+    idle_seconds: float = 1_800  # one that is silent for longer, and does not wait, is erased
     sweep_seconds: float = 60  # how often that is checked
     mode: str = "localhost"
     hosts: list[Host] = field(default_factory=list)
@@ -625,7 +634,7 @@ class Junction:
             )
         peer.seen = self.clock()
         for sealed in reversed(peer.handed_out):
-            # The oldest come first. So from here back, all have their time already.
+            # What was read before one that has its time, has its own already.
             if sealed.until < math.inf:
                 break
             sealed.until = peer.seen + AGAIN_SECONDS
@@ -783,7 +792,7 @@ class Junction:
         ]
         if not targets:
             raise Refused(
-                "Nobody else is here. Call list_peers with wait_seconds to wait for somebody."
+                "Nobody is here to get it. Call list_peers with wait_seconds to wait for somebody."
             )
         return targets
 
@@ -829,9 +838,9 @@ class Junction:
         """Take the oldest messages that fit into an answer.
 
         With `seconds`, wait up to that long for the first. With `sender`, only that alias's
-        messages are waited for and taken. Raises Refused if the wait is out of range,
-        its sender is not here, the peer leaves meanwhile, a newer read takes over, or
-        the client has gone.
+        messages are waited for and taken. Raises Refused if the client has gone. A wait
+        raises it also if it is out of range, if the sender is not here, if the peer
+        leaves meanwhile, or if a newer read takes over.
         """
         check_wait(seconds)
         if seconds:
@@ -907,8 +916,9 @@ class Junction:
         total = ENVELOPE_BYTES + sum([sealed.size_in_answer for sealed in peer.handed_out])
         while peer.handed_out:
             oldest = peer.handed_out[0]
-            fits = total <= ANSWER_BYTES or len(peer.handed_out) == 1
-            if fits and self.clock() <= oldest.until:
+            is_over = self.clock() > oldest.until
+            is_too_much = total > ANSWER_BYTES and len(peer.handed_out) > 1
+            if not (is_over or is_too_much):
                 break
             peer.handed_out.remove(oldest)
             total -= oldest.size_in_answer
@@ -955,7 +965,7 @@ class Junction:
     def _notify(self, gone: Peer, why: str) -> None:
         """Tell the senders of a peer's unread messages, and the reads that wait for it.
 
-        The limits of an inbox do not hold such a notice back.
+        An inbox's limits do not hold such a notice back. That of the junction does.
         """
         unread = Counter(sealed.sender for sealed in gone.inbox)
         for alias, number in unread.items():
@@ -1029,9 +1039,9 @@ def wrong_arguments(tool: str, error: ValidationError) -> Refused:
 
 
 class PlainErrors(ToolMiddleware):
-    """Name wrong arguments in the few calls that FastMCP itself carries out.
+    """Name wrong arguments in the calls that FastMCP answers.
 
-    The others are answered as "Tool calls over HTTP" says, below.
+    These are few: "Tool calls over HTTP", below, says which.
     """
 
     async def on_call_tool(
@@ -1059,10 +1069,10 @@ mcp = FastMCP(
 HARMLESS = {"destructiveHint": False, "openWorldHint": False}
 READ_ONLY = {"readOnlyHint": True}
 
-# Nearly always a tool is called bare: by Tool.run, without FastMCP's Context, and
-# without any middleware. So whatever it needs, it takes as an argument or from
-# `junction`. A call that gives `wait_seconds`, and not as 0, is answered as an event
-# stream.
+# Most calls are answered by ToolCalls, below, and not by FastMCP. So a tool is called
+# without a Context and without PlainErrors. Whatever it needs, it takes as an argument
+# or from `junction`. A call that gives `wait_seconds`, and not as 0, is answered as an
+# event stream.
 
 
 @mcp.tool(annotations=HARMLESS)
@@ -1243,7 +1253,8 @@ class Watcher(StreamingResponse):
             for event in self.queue:
                 batch += f"event: {event['event']}\ndata: {json.dumps(event)}\n\n"
             self.queue.clear()
-            yield batch
+            if batch:
+                yield batch
             await asyncio.sleep(0.1)
 
 
@@ -1257,8 +1268,8 @@ class Watcher(StreamingResponse):
 # FastMCP and the SDK under it serve both eras, at several times the cost of what is
 # below. So what a client does all day, a plain tool call, is answered here: its
 # request is judged by the SDK's own functions, and its tool run by FastMCP. Everything
-# else goes to FastMCP unchanged: other methods, odd requests, and all that is to be
-# refused. A client can tell the two apart by their speed only.
+# else goes to FastMCP unchanged: other methods, odd requests, and all that breaks the
+# protocol. A client can tell the two apart by their speed only.
 #
 # Clients give a call up in three ways:
 #
@@ -1267,14 +1278,15 @@ class Watcher(StreamingResponse):
 #   the junction asks `client_gone` before it takes messages, and awaits nothing
 #   between the two.
 # - They post notifications/cancelled, which names the call by its id, and leave the
-#   connection open. An id is unique within a session only. So the answer to
-#   `initialize` gives each older client an Mcp-Session-Id. A client of 2026-07-28
-#   closes the connection instead.
+#   connection open. Two clients may use the same id, so each gets a session: an
+#   Mcp-Session-Id, in the answer to its `initialize`. A client of 2026-07-28 closes
+#   the connection instead.
 # - They say nothing, so the call goes on. A newer waiting read of that peer, or one
 #   with again=true, ends it.
 #
 # In the first two cases nothing is taken for the call. In the third, or if a client
-# goes while its answer is on the way, again=true repeats what was taken.
+# goes while its answer is on the way, again=true repeats what was taken. (Of the calls
+# that FastMCP answers, only a closed connection ends one.)
 
 
 class RequireToken:
@@ -1367,7 +1379,7 @@ def sign_of_life(call: ToolCall, waited: float) -> bytes:
     """Return progress for a client that asked for it, a comment for any other."""
     if call.progress_token is None:
         return b": ping\r\n\r\n"
-    # The tool has taken this argument, so it is a number, or text of one ("20").
+    # pydantic has accepted it: as a number, or as the text of one, such as "20".
     limit = float(call.arguments["wait_seconds"])
     progress = {
         "progressToken": call.progress_token,
@@ -1401,9 +1413,8 @@ def plain_call(scope: Scope, message: Json, tools: dict[str, Tool]) -> ToolCall 
     if not is_call or message.keys() != {"jsonrpc", "id", "method", "params"}:
         return None
     fields = Headers(scope=scope).items()
-    headers = dict(reversed(fields))  # of two fields of one name, the SDK takes the first
-    content_type = headers.get("content-type", "").partition(";")[0]
-    accept = [kind.strip() for kind in headers.get("accept", "").split(",")]
+    # Of two fields of one name, the SDK takes the first, and a dict keeps the last.
+    headers = dict(reversed(fields))
     version = headers.get("mcp-protocol-version", mcp_types.DEFAULT_NEGOTIATED_VERSION)
     is_modern = version == LATEST_MODERN_VERSION
     if is_modern:
@@ -1418,20 +1429,27 @@ def plain_call(scope: Scope, message: Json, tools: dict[str, Tool]) -> ToolCall 
         return None
     meta = params.get("_meta") or {}
     token = meta.get("progressToken")
+    has_null_token = token is None and "progressToken" in meta  # which the SDK refuses
     is_plain = (
         message["jsonrpc"] == "2.0"
         and type(message["id"]) in (int, str)
-        and content_type.strip() == "application/json"
-        and "application/json" in accept
-        and "text/event-stream" in accept
+        and has_usual_kinds(headers)
         and params.keys() <= {"name", "arguments", "_meta"}
-        and (token is not None or "progressToken" not in meta)
+        and not has_null_token
     )
     if not is_plain:
         return None
     session = headers.get("mcp-session-id", "")
     arguments = params.get("arguments") or {}
     return ToolCall(message["id"], session, tool, arguments, token, is_modern)
+
+
+def has_usual_kinds(headers: dict[str, str]) -> bool:
+    """Whether a request is JSON, and takes JSON as well as an event stream."""
+    content_type = headers.get("content-type", "").partition(";")[0]
+    accept = [kind.strip() for kind in headers.get("accept", "").split(",")]
+    takes_both = "application/json" in accept and "text/event-stream" in accept
+    return takes_both and content_type.strip() == "application/json"
 
 
 # For proxies, so that a sign of life gets through.
@@ -1451,7 +1469,8 @@ class ToolCalls:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        # RequestBodyLimitMiddleware has gathered the body, so it comes in one piece.
+        # RequestBodyLimitMiddleware has gathered the body, so it comes in one piece, or
+        # else the client left before its end.
         body = await receive()
         client_has_left = body["type"] == "http.disconnect" or body["more_body"]
         if client_has_left:
@@ -1471,6 +1490,7 @@ class ToolCalls:
     async def respond(self, call: ToolCall, scope: Scope, receive: Receive, send: Send) -> None:
         """Carry out a call. One that may wait is answered as an event stream."""
         is_gone = client_gone.get()
+        # For this request alone: its task has a context of its own.
         client_gone.set(lambda: call.is_cancelled or is_gone())
         self.running.add(call)
         response: Response
@@ -1483,14 +1503,15 @@ class ToolCalls:
                     media_type="text/event-stream",
                 )
             else:
-                # Where the system cannot be asked, a reset that came right behind the
-                # call shows one turn of the event loop later.
+                # On Windows, a reset that came right behind the call shows one turn of
+                # the event loop later.
                 await asyncio.sleep(0)
                 response = Response(await run_tool(call), media_type="application/json")
             await response(scope, receive, send)
         finally:
             self.running.remove(call)
-            call.cancel()  # if its client has gone; one that has ended stays as it is
+            # Its client may have gone before the end. After it, this does nothing.
+            call.cancel()
 
     def cancel(self, session: str, call_id: object) -> None:
         """Cancel the call of this id in this session.
@@ -1542,6 +1563,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
+        # With this the head or the request may end, and the count begins anew.
         super().data_received(data)
         if self.is_too_long():
             self.transport.abort()
@@ -1559,7 +1581,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self.in_head = False
         # httptools leaves blanks behind a value. They are no part of it (RFC 9110, 5.5).
         self.headers[:] = [(name, value.strip(b" \t")) for name, value in self.headers]
-        # A second request behind a call that waits would hide a reset.
+        # Behind a call that waits, a second request would make uvicorn stop reading. Then
+        # it would not notice a reset.
         is_pipelined = self.cycle and not self.cycle.response_complete
         if is_pipelined or self.has_long_head():
             # uvicorn answers what is raised here by 400, and closes.
@@ -1607,6 +1630,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
         None if it is doing neither: it waits for its answer, or rests between requests.
         """
+        # uvicorn's `more_body` is that of the request.
         unsent = self.transport.get_write_buffer_size()
         is_resting = self.timeout_keep_alive_task is not None
         is_waiting = (
@@ -1806,6 +1830,7 @@ def run(listener: socket.socket, token: str, names: list[str], tls_cert: str, tl
     middleware.append(Middleware(ToolCalls, tools=tools))
     app = mcp.http_app(
         stateless_http=True,
+        # The guard of Host and Origin stands before our middleware.
         host_origin_protection=True,
         allowed_hosts=names,
         middleware=middleware,
@@ -1888,7 +1913,7 @@ def comma_separated(value: str) -> list[str]:
 
 
 def host_names(value: str) -> list[str]:
-    """Return names or addresses. Patterns are refused: the guard lets `*` be anything."""
+    """Return names or addresses. FastMCP takes patterns such as `*`, which are refused here."""
     form = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|[0-9A-Fa-f:]+"
     names = comma_separated(value)
     for name in names:
@@ -1953,6 +1978,7 @@ def authority(value: str) -> Path:
     return Path(value).resolve()
 
 
+# Commands get it without /mcp, the default as well.
 Url = Annotated[Any, option("URL", "The address of the junction.", base_url)]
 Token = Annotated[str, option("TOKEN", "The bearer token of the junction.", bearer_token)]
 Session = Annotated[str, option("SESSION", "Speak as the peer of this session_id.", str.strip)]
@@ -2365,7 +2391,8 @@ def events_of(http: httpx2.Client) -> Iterator[Event]:
 def follow(http: httpx2.Client) -> Iterator[Event]:
     """Yield what /events tells, and reconnect for as long as it takes.
 
-    Only the first connection must succeed. `junction_lost` tells that one has ended.
+    Only the first connection must succeed. `junction_lost` tells that one has ended. If
+    something else answers at that address, now or later, the error is raised.
     """
     was_reached = False
     is_lost = False
@@ -2683,7 +2710,7 @@ def connected(url: httpx2.URL, token: str, ca: Path | None) -> Iterator[httpx2.C
             yield http
     except ToolError as error:
         fail(str(error))
-    except ssl.SSLError as error:
+    except ssl.SSLError as error:  # raised before any connection
         fail(f"SSL_CERT_FILE holds no certificates: {error.reason}", WRONG_USAGE)
     except MISREADINGS:
         fail(f"{url}: what answers there is not a junction", UNREACHABLE)
@@ -2893,7 +2920,7 @@ class OutputFile:
 
 
 def write_text(answer: Read, write: Callable[[bytes], None]) -> None:
-    """Write the text alone, if there is any, and say on standard error whose it is."""
+    """Write the text of all messages, if there are any, and say on standard error whose."""
     text = "".join(message["message"] for message in answer["messages"]).encode()
     senders = dict.fromkeys(message["from"] for message in answer["messages"])
     if text:
@@ -2919,7 +2946,7 @@ def show_to_people(answer: Read) -> None:
 
 
 def read_and_show(visit: Visit, wait: float, sender: str, show: Callable[[Read], None]) -> None:
-    """Read and show all that is there, or the first that comes within `wait`.
+    """Read and show all that is there. If that is nothing, wait up to `wait` seconds for some.
 
     Exit code 3 if nothing came. What was taken is shown, whatever happens to the rest.
     """
@@ -2953,7 +2980,8 @@ def read_and_show(visit: Visit, wait: float, sender: str, show: Callable[[Read],
 
 def main() -> None:
     """Run the command line. Every error is one line on standard error, with its exit code."""
-    # A stream that was closed is None. Without one, print() takes standard output instead.
+    # A stream that the shell has closed is None, and print(file=None) would write to
+    # standard output.
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
@@ -2971,7 +2999,7 @@ def main() -> None:
         elif not arguments or (arguments[0].startswith("-") and arguments[0] != "--version"):
             arguments = ["serve", *arguments]
         code = cli(arguments, standalone_mode=False)
-        if code == INTERRUPTED:  # Typer's answer to Ctrl-C
+        if code == INTERRUPTED:  # which Typer returns upon Ctrl-C
             fail("interrupted", code)
         sys.exit(code)
     except typer.TyperException as error:

@@ -803,7 +803,7 @@ async def test_a_broadcast_to_nobody_but_idle_visitors_is_refused(here: Junction
     other = join(here, "shell")
     await begun(here.read(other, 3_600, "junction"))
     await begun(here.list_peers(other, "tester", 3_600))
-    with refused(here, "Nobody else is here.*list_peers"):
+    with refused(here, "Nobody is here to get it.*list_peers"):
         here.send(ann, "*", "hello")
 
 
@@ -814,7 +814,7 @@ async def test_a_broadcast_reaches_no_visitor_whose_read_is_over(here: Junction)
     here.send(ann, "*", "hello")
     await settle()
     assert texts(reading.result()) == ["hello"]
-    with refused(here, "Nobody else is here"):
+    with refused(here, "Nobody is here to get it"):
         here.send(ann, "*", "hello")
 
 
@@ -967,7 +967,7 @@ def test_a_message_to_nobody_is_refused(here: Junction, target: str, why: str) -
 
 def test_a_broadcast_to_nobody_is_refused(here: Junction) -> None:
     ann = join(here)
-    with refused(here, "Nobody else is here.*list_peers"):
+    with refused(here, "Nobody is here to get it.*list_peers"):
         here.send(ann, "*", "hello")
 
 
@@ -2189,7 +2189,7 @@ class Mailboxes(RuleBasedStateMachine):
         reached = self.reached(sender, target)
         peer = self.peer(sender)
         if not reached:
-            with refused(self.here, "is you|Nobody else"):
+            with refused(self.here, "is you|Nobody is here"):
                 self.here.send(peer, target, number)
             return
         sent = self.here.send(peer, target, number)
