@@ -1023,7 +1023,7 @@ Secrets (API keys, .env files) should not pass through your context. If your she
 the agent-junction command, let it carry them: `agent-junction read --wait 300 --output
 .env` on one side says under which alias it waits, `agent-junction send ALIAS < .env` on
 the other sends. JUNCTION_URL names a junction that is not at
-http://127.0.0.1:4200/mcp, JUNCTION_TOKEN its token."""
+http://127.0.0.1:4200/mcp, JUNCTION_TOKEN its token, JUNCTION_CA its authority."""
 
 
 def wrong_arguments(tool: str, error: ValidationError) -> Refused:
@@ -1689,7 +1689,8 @@ def bind(host: str, port: int) -> socket.socket:
         for scheme in ("http", "https"):
             if is_junction(httpx2.URL(scheme=scheme, host=host, port=port)):
                 who = " A junction answers there already."
-        fail(f"cannot listen on {host} port {port}: {os.strerror(number)}.{who}")
+        why = f"cannot listen on {host} port {port}: {os.strerror(number)}.{who}"
+        fail(f"{why} --port (JUNCTION_PORT) takes another")
     # The connections that it accepts inherit this. Otherwise a call can take 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
@@ -2068,9 +2069,17 @@ def check_tls(cert: str, key: str) -> None:
         raise typer.BadParameter(why, param_hint=hint) from None
 
 
+def is_its_own_authority(cert: str) -> bool:
+    """Whether a certificate was signed by itself, so that clients have to be told of it."""
+    from cryptography import x509  # slow to import, and only needed with TLS
+
+    certificate = x509.load_pem_x509_certificate(Path(cert).read_bytes())
+    return certificate.issuer == certificate.subject
+
+
 def is_covered(address: str, cert: str) -> bool:
     """Whether the certificate in a file is for this IP address."""
-    from cryptography import x509  # slow to import, and only needed here
+    from cryptography import x509
 
     extensions = x509.load_pem_x509_certificate(Path(cert).read_bytes()).extensions
     with suppress(x509.ExtensionNotFound):
@@ -2090,7 +2099,10 @@ def greeting(listener: socket.socket, token: str, made_token: str, tls_cert: str
     host = f"[{address}]" if ":" in address else address
     base = f"{scheme}://{host}:{port}"
     url = f"{base}/mcp"
-    text = first_steps(url) + client_settings(url, bool(token or made_token), made_token)
+    ca = ""
+    if tls_cert and is_its_own_authority(tls_cert):
+        ca = shlex.quote(os.path.abspath(tls_cert))
+    text = first_steps(url, ca) + client_settings(url, ca, bool(token or made_token), made_token)
     text += f"Mode: {junction.mode}. Health: {base}/health\n"
     for known in junction.hosts:
         text += f"Known host: {known['name']} {known['mcp_url']}\n"
@@ -2106,10 +2118,12 @@ Without TLS, messages and the token cross the network in the clear. Give --tls-c
     return text
 
 
-def first_steps(url: str) -> str:
+def first_steps(url: str, ca: str) -> str:
     connect = "agent-junction connect"
     if url != DEFAULT_URL:
         connect += f" --url {url}"
+    if ca:
+        connect += f" --ca {ca}"
     installed = [name for name in CLIENTS if shutil.which(name)]
     if installed:
         connect += f"        (here: {', '.join(installed)})"
@@ -2121,7 +2135,7 @@ Then tell each agent: "Register with the junction, then wait for messages."
 """
 
 
-def client_settings(url: str, has_token: bool, made_token: str) -> str:
+def client_settings(url: str, ca: str, has_token: bool, made_token: str) -> str:
     """Return the variables to set, and each client's own command."""
     text = ""
     server: Json = {"type": "http", "url": url}
@@ -2133,6 +2147,8 @@ def client_settings(url: str, has_token: bool, made_token: str) -> str:
         text += f"  export JUNCTION_TOKEN={made_token}\n"
     if url != DEFAULT_URL:
         text += f"For the other commands of agent-junction:\n  export JUNCTION_URL={url}\n"
+    if ca:
+        text += f"  export JUNCTION_CA={ca}\n"
     text += "Instead of `agent-junction connect`, each client's own command:\n"
     for client in CLIENTS.values():
         text += f"  {client.add_command(url, has_token)}\n"
@@ -2211,7 +2227,7 @@ To skip approvals, put this into ~/.claude/settings.json:
         remove="codex mcp remove junction",
         settings="""\
 To wait longer than 300 s and to skip approvals, put this into ~/.codex/config.toml,
-under [mcp_servers.junction]:
+under [mcp_servers.junction]. Connecting again removes it, so do that anew then:
 tool_timeout_sec = 3700
 default_tools_approval_mode = "approve"
 """,
@@ -2256,8 +2272,6 @@ def connect_command(
     Example: agent-junction connect claude codex
     """
     chosen = chosen_clients(clients)
-    if not only_remove:
-        check_junction(url, token, ca)
     if ca:
         os.environ.update(dict.fromkeys(AUTHORITY_VARIABLES, str(ca)))
     refused = []
@@ -2273,25 +2287,17 @@ def connect_command(
         if refusal:
             refused.append(name)
     if not only_remove and refused != chosen:
-        print_last_steps(token, ca)
+        print_last_steps(f"{url}/mcp", token, ca)
+        check_junction(url, token, ca)
     if refused:
         fail(f"refused by {', '.join(refused)}")
-
-
-def check_junction(url: httpx2.URL, token: str, ca: Path | None) -> None:
-    """Say so if the junction cannot be used now. Clients are connected all the same."""
-    try:
-        with connected(url, token, ca) as http:
-            next(events_of(http))
-    except Failure as failure:
-        print_error(failure.message)
 
 
 def chosen_clients(names: list[str] | None) -> list[str]:
     """Return these clients, or without names those that are installed."""
     chosen = names or [name for name in CLIENTS if shutil.which(name)]
     if not chosen:
-        fail(f"none of {', '.join(CLIENTS)} is on the PATH; name one")
+        fail(f"none of {', '.join(CLIENTS)} is on the PATH")
     for name in chosen:
         if name not in CLIENTS:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(CLIENTS)}")
@@ -2334,16 +2340,32 @@ def run_client(command: str) -> str:
     return f"{done.stdout.strip()}\n{program} ended with exit code {done.returncode}\n"
 
 
-def print_last_steps(token: str, ca: Path | None) -> None:
+def print_last_steps(url: str, token: str, ca: Path | None) -> None:
     """Print what is left to do when the clients' commands have run."""
     if token:
-        print("The clients need JUNCTION_TOKEN in their environment when they start.")
+        print("Clients, and the shells that they start, need JUNCTION_TOKEN in their environment.")
+    variables = {}
+    if url != DEFAULT_URL:
+        variables["JUNCTION_URL"] = url
     if ca:
-        file = shlex.quote(str(ca))
-        assignments = " ".join(f"{variable}={file}" for variable in AUTHORITY_VARIABLES)
-        print(f"The clients need this when they start:\n  export {assignments}")
-    print("Then restart the clients that are open, and tell each:")
+        variables |= dict.fromkeys(("JUNCTION_CA", *AUTHORITY_VARIABLES), str(ca))
+    if variables:
+        values = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+        print(f"Clients, and the shells that they start, need this:\n  export {values}")
+    print("Then restart the clients that are open, and tell one agent:")
     print('  "Register with the junction, then wait for messages."')
+    print("Tell another what to ask it.")
+
+
+def check_junction(url: httpx2.URL, token: str, ca: Path | None) -> None:
+    """Say whether the junction can be used now. Clients are connected all the same."""
+    try:
+        with connected(url, token, ca) as http:
+            next(events_of(http))
+    except Failure as failure:
+        print_error(failure.message)
+    else:
+        print(f"The junction answers at {url}/mcp.")
 
 
 # --- The command line: watching ---------------------------------------------------
@@ -2792,8 +2814,8 @@ def send_command(
     text = message_text(message)
     with as_peer(url, token, session, ca) as visit:
         sent = visit.call("send_message", target_alias=alias, message=text)
-        whom = alias.replace("*", f"{sent['to_count']} peers")
-        delivered = f"delivered to {whom} ({sent['waiting']} waiting for it)"
+        whom = alias.replace("*", f"everybody else ({sent['to_count']})")
+        delivered = f"delivered to {whom} as {visit.alias} ({sent['waiting']} waiting for it)"
         if not wait:
             print(delivered)
             return

@@ -5091,17 +5091,17 @@ def test_the_connect_line_names_the_clients_on_the_path(
     for name in ("copilot", "claude"):
         (tmp_path / name).touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "agent-junction connect        (here: claude, copilot)\n" in app.first_steps(
-        app.DEFAULT_URL
-    )
+    text = app.first_steps(app.DEFAULT_URL, "")
+    assert "agent-junction connect        (here: claude, copilot)\n" in text
 
 
 def test_at_the_default_address_nothing_has_to_be_said_about_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "  Connect your clients:  agent-junction connect\n" in app.first_steps(app.DEFAULT_URL)
-    assert "JUNCTION_URL" not in app.client_settings(app.DEFAULT_URL, False, "")
+    text = app.first_steps(app.DEFAULT_URL, "")
+    assert "  Connect your clients:  agent-junction connect\n" in text
+    assert "export" not in app.client_settings(app.DEFAULT_URL, "", False, "")
 
 
 @posix_only
@@ -5132,6 +5132,39 @@ def test_the_greeting_never_shows_a_given_token_but_says_that_it_is_needed(
 ) -> None:
     assert TOKEN not in guarded.said()
     assert "JUNCTION_TOKEN" in guarded.said().partition("\n  claude ")[0]
+
+
+def test_with_a_certificate_of_ones_own_the_greeting_names_it_as_the_authority(
+    tls_server: Server, certificate: str
+) -> None:
+    text = tls_server.said()
+    assert f"  agent-junction connect --url {tls_server.url} --ca {certificate}" in text
+    exports = f"\n  export JUNCTION_URL={tls_server.url}\n  export JUNCTION_CA={certificate}\n"
+    assert exports in text
+
+
+def certificate_file(folder: Path, subject: str, issuer: str) -> str:
+    """Write a certificate with these names, and for no address. Return the file's path."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    whose = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
+    by = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(by, whose, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now)
+        .sign(key, hashes.SHA256())
+    )
+    file = folder / "cert.pem"
+    file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    return str(file)
+
+
+@pytest.mark.parametrize(("issuer", "is_own"), [("desk", True), ("an authority", False)])
+def test_only_a_certificate_that_signed_itself_is_its_own_authority(
+    tmp_path: Path, issuer: str, is_own: bool
+) -> None:
+    assert app.is_its_own_authority(certificate_file(tmp_path, "desk", issuer)) == is_own
 
 
 def test_the_greeting_has_the_exports_that_other_commands_need(server: Server) -> None:
@@ -5187,18 +5220,8 @@ def test_a_certificate_that_does_not_cover_the_address_is_said(certificate: str)
 
 
 def test_a_certificate_without_addresses_covers_none(tmp_path: Path) -> None:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    key = ec.generate_private_key(ec.SECP256R1())
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now)
-        .not_valid_after(now)
-        .sign(key, hashes.SHA256())
-    )
-    file = tmp_path / "cert.pem"
-    file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    assert not app.is_covered("127.0.0.1", str(file))
+    file = certificate_file(tmp_path, "127.0.0.1", "127.0.0.1")
+    assert not app.is_covered("127.0.0.1", file)
 
 
 class Greeting(NamedTuple):
@@ -5725,6 +5748,7 @@ def test_connect_says_that_no_junction_answers_and_connects_all_the_same(
     assert ended.code == 0
     assert ended.err.count("\n") == 1
     assert "no junction answers" in ended.err
+    assert "The junction answers" not in ended.out
     assert stand_ins.calls() == as_called(connect_commands(url, names=("codex",)))
 
 
@@ -5750,8 +5774,19 @@ def test_connect_passes_an_authority_to_the_clients_and_says_what_to_export(
     assert ended.code == 0
     assert ended.err == ""
     assert stand_ins.variables() == {f"|{certificate}|{certificate}"}
-    exports = f"export NODE_EXTRA_CA_CERTS={certificate} CODEX_CA_CERTIFICATE={certificate}\n"
-    assert exports in ended.out
+    names = ("JUNCTION_CA", "NODE_EXTRA_CA_CERTS", "CODEX_CA_CERTIFICATE")
+    authority = " ".join(f"{name}={certificate}" for name in names)
+    assert f"\n  export JUNCTION_URL={tls_server.url} {authority}\n" in ended.out
+
+
+@posix_only
+def test_connect_says_at_the_end_that_the_junction_answers(
+    cli: Cli, server: Server, stand_ins: StandIns
+) -> None:
+    stand_ins.install("codex")
+    ended = cli("connect")
+    assert ended.out.endswith(f"\nThe junction answers at {server.url}.\n")
+    assert ended.err == ""
 
 
 @posix_only
@@ -6543,7 +6578,10 @@ def test_a_secret_goes_between_shells_byte_for_byte(
         alias = reader.hear("waiting as ([a-z]+-[a-z]+)")
         until(lambda: alias in waiting(server))
         sent = cli("send", alias, stdin=secret)
-        assert sent == Ended(0, f"delivered to {alias} (1 waiting for it)\n", "")
+        assert sent.code == 0
+        assert re.fullmatch(
+            rf"delivered to {alias} as [a-z]+-[a-z]+ \(1 waiting for it\)\n", sent.out
+        )
         assert reader.end() == 0
     assert re.search(r"\nfrom [a-z]+-[a-z]+\n$", reader.said)
     assert file.read_bytes() == secret
