@@ -2684,7 +2684,7 @@ def as_peer(url: httpx2.URL, token: str, session: str, ca: Path | None) -> Itera
             if session:
                 fail(f"--session (JUNCTION_SESSION): {error}")
             raise
-        visit = Visit(http, joined["session_id"], joined["alias"], leaves=not session)
+        visit = Visit(http, joined["session_id"], escaped(joined["alias"]), leaves=not session)
         try:
             yield visit
         finally:
@@ -2814,8 +2814,8 @@ def send_command(
     text = message_text(message)
     with as_peer(url, token, session, ca) as visit:
         sent = visit.call("send_message", target_alias=alias, message=text)
-        whom = alias.replace("*", f"everybody else ({sent['to_count']})")
-        delivered = f"delivered to {whom} as {visit.alias} ({sent['waiting']} waiting for it)"
+        whom = alias.replace("*", f"everybody else ({sent['to_count']:d})")
+        delivered = f"delivered to {whom} as {visit.alias} ({sent['waiting']:d} waiting for it)"
         if not wait:
             print(delivered)
             return
