@@ -6897,13 +6897,14 @@ def test_a_senders_name_from_another_server_drives_no_terminal(
     assert capsys.readouterr() == ("hi", "from \\x1b[2J\n")
 
 
-def test_a_message_of_an_impossible_time_is_not_a_junctions(cli: Cli) -> None:
-    message = {"from": "a-b", "message": "hi", "timestamp": "0001-01-01T00:00:00+14:00"}
-    joined = {"session_id": "s", "alias": "c-d", "messages": [message], "remaining": 0}
-    answer = json.dumps({"result": {"isError": False, "structuredContent": joined}})
-    with other_http(answer) as url:
-        line = cli("read", "--wait", "9", at=url).err
-    assert "not a junction" in line
+def test_a_message_of_an_impossible_time_is_not_a_junctions() -> None:
+    stamp = "0001-01-01T00:00:00+14:00"
+    message: app.Message = {"from": "a-b", "message": "hi", "timestamp": stamp}
+    with (
+        pytest.raises(app.Failure, match="not a junction"),
+        app.connected(app.base_url(app.DEFAULT_URL), "", None),
+    ):
+        app.show_to_people({"messages": [message], "remaining": 0})
 
 
 def test_control_characters_in_a_refusal_are_escaped(cli: Cli) -> None:
